@@ -1,0 +1,309 @@
+"""The GPT: token and position embeddings, pre-norm blocks of attention and MLP, and a language-model head.
+
+The network and its parameter names are nanoGPT's (GPT-2's, with nn.Linear); everything around it is what transformers
+expects of a causal language model. This file and the configuration travel with every checkpoint, so it imports torch,
+transformers and the configuration, nothing else.
+
+Shapes: B sequences, T tokens, C = n_embd, H heads of D = C / H, V = vocab_size, S = cached tokens + T.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_nanogpt import NanoGPTConfig
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """Attention spelled out; the other implementations (sdpa, flash, flex) come from transformers.
+
+    query (B, H, T, D), key and value (B, H, S, D), attention_mask (B, 1, T, S) float, added to the scores, or None.
+    Returns the output (B, T, H, D) and the attention weights (B, H, T, S). Softmax is in float32.
+    """
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling  # (B, H, T, S)
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    output = torch.matmul(weights, value)  # (B, H, T, D)
+    return output.transpose(1, 2).contiguous(), weights
+
+
+class NanoGPTAttention(nn.Module):
+    """Multi-head causal self-attention; q, k and v come from one fused projection."""
+
+    def __init__(self, config: NanoGPTConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.n_embd // config.n_head
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = True
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_proj.is_residual_projection = True  # see _init_weights
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        input_shape = hidden_states.shape[:-1]
+        heads = (*input_shape, -1, self.head_dim)
+        query, key, value = (
+            x.view(heads).transpose(1, 2) for x in self.c_attn(hidden_states).split(self.config.n_embd, dim=-1)
+        )  # (B, H, T, D) each
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)  # (B, H, S, D)
+
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attention(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.config.dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        output = output.reshape(*input_shape, -1).contiguous()  # (B, T, C)
+        return self.resid_dropout(self.c_proj(output)), weights
+
+
+class NanoGPTMLP(nn.Module):
+    """Two linear layers with a GELU between them."""
+
+    def __init__(self, config: NanoGPTConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, config.intermediate_size, bias=config.bias)
+        self.act = nn.GELU(approximate="none" if config.activation_function == "gelu" else "tanh")
+        self.c_proj = nn.Linear(config.intermediate_size, config.n_embd, bias=config.bias)
+        self.c_proj.is_residual_projection = True
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.dropout(self.c_proj(self.act(self.c_fc(hidden_states))))  # (B, T, C)
+
+
+class NanoGPTBlock(GradientCheckpointingLayer):
+    """Attention, then MLP, each on a normalised copy of the residual stream and added back to it."""
+
+    def __init__(self, config: NanoGPTConfig, layer_idx: int):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon, bias=config.bias)
+        self.attn = NanoGPTAttention(config, layer_idx)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon, bias=config.bias)
+        self.mlp = NanoGPTMLP(config)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+        hidden_states = hidden_states + self.attn(self.ln_1(hidden_states), **kwargs)[0]
+        return hidden_states + self.mlp(self.ln_2(hidden_states))  # (B, T, C)
+
+
+class NanoGPTPreTrainedModel(PreTrainedModel):
+    config: NanoGPTConfig
+    base_model_prefix = "transformer"
+    _input_embed_layer = "wte"
+    _no_split_modules = ["NanoGPTBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": NanoGPTBlock, "attentions": NanoGPTAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        # Matrices are drawn from N(0, 0.02), biases are zero, norms are one. The projections back into the residual
+        # stream are smaller, so that 2 * n_layer of them add up to the same size (GPT-2 paper, section 2.3). The mark
+        # sits on the leaf because transformers visits only modules that own a parameter.
+        super()._init_weights(module)
+        if getattr(module, "is_residual_projection", False):
+            init.normal_(module.weight, std=self.config.initializer_range / math.sqrt(2 * self.config.n_layer))
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """As in transformers; config.json names both auto classes, whichever of the two is saved."""
+        auto_map = getattr(self.config, "auto_map", None) or {}
+        self.config.auto_map = auto_map | {
+            "AutoModel": "modeling_nanogpt.NanoGPTModel",
+            "AutoModelForCausalLM": "modeling_nanogpt.NanoGPTForCausalLM",
+        }
+        super().save_pretrained(save_directory, **kwargs)
+
+
+class NanoGPTModel(NanoGPTPreTrainedModel):
+    """The GPT without its head: token ids to hidden states after the final layer norm."""
+
+    def __init__(self, config: NanoGPTConfig):
+        super().__init__(config)
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(NanoGPTBlock(config, layer_idx) for layer_idx in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon, bias=config.bias)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        """Embed the tokens and run the blocks.
+
+        input_ids (B, T) int64, or inputs_embeds (B, T, C) instead; attention_mask (B, S), 1 for a token and 0 for
+        padding; position_ids (B, T), by default counted on from the cache. Left-padded input needs position_ids that
+        start at its first real token; `generate` makes them. Returns last_hidden_state (B, T, C).
+        Raises ValueError where a position lies beyond block_size.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.wte(input_ids)  # (B, T, C)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        # Positions that the caller did not give stay out of the mask: it would search them for packed sequences, which
+        # costs a device synchronisation a step and, under torch.compile, the fast causal kernel.
+        attention_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        if position_ids is None:
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + seen  # (1, T)
+        self._check_positions(seen, position_ids)
+
+        hidden_states = self.drop(inputs_embeds + self.wpe(position_ids))  # (B, T, C)
+        for block in self.h:
+            hidden_states = block(
+                hidden_states,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.ln_f(hidden_states), past_key_values=past_key_values)
+
+    def _check_positions(self, seen, position_ids):
+        # Learned positions end at block_size; beyond it the lookup would be an IndexError on CPU and a dead process on
+        # CUDA. Positions never exceed the length: the device is asked only where the length does (padding, packing).
+        if torch.compiler.is_compiling() or torch.is_tensor(seen):
+            return
+        if seen + position_ids.shape[1] > self.config.block_size and position_ids.max() >= self.config.block_size:
+            raise ValueError(
+                f"position {position_ids.max().item()} is beyond block_size={self.config.block_size} (positions count "
+                "from 0): shorten the input, or the number of new tokens"
+            )
+
+
+def select_positions(hidden_states: torch.Tensor, positions: int | torch.Tensor) -> torch.Tensor:
+    """The hidden states (B, T, C) whose logits are wanted, in the forms that transformers' callers use.
+
+    An int is that many last positions, 0 being all (B, N, C); a tensor (N,) the same positions in every row; a tensor
+    (B, N) of integers positions row by row; a tensor (B, T) of booleans the true ones, flattened to (N, C).
+    """
+    if isinstance(positions, int):
+        return hidden_states[:, -positions:, :]
+    if positions.ndim == 1:
+        return hidden_states[:, positions, :]
+    if positions.dtype == torch.bool:
+        return hidden_states[positions]
+    return torch.take_along_dim(hidden_states, positions[..., None], dim=1)
+
+
+class NanoGPTForCausalLM(NanoGPTPreTrainedModel, GenerationMixin):
+    """The GPT with its language-model head, tied to the token embedding unless the configuration says otherwise."""
+
+    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: NanoGPTConfig):
+        super().__init__(config)
+        self.transformer = NanoGPTModel(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        shift_labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        """Next-token logits (B, T, V) and, with labels, the mean cross-entropy in nats.
+
+        labels (B, T) int64 are the inputs themselves, shifted here; shift_labels (B, T) int64 are already the next
+        tokens, so that a window of T + 1 tokens yields T targets. Either way -100 is ignored, and `num_items_in_batch`
+        divides the sum in place of the number of targets, which makes accumulated micro-batches exact.
+        skip_logits returns the loss alone: a training step holds no second copy of (B, T, V).
+        logits_to_keep computes only some of the positions, see select_positions.
+        """
+        outputs: BaseModelOutputWithPast = self.transformer(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.lm_head(select_positions(outputs.last_hidden_state, logits_to_keep))  # (B, T, V)
+
+        loss = None
+        if labels is not None or shift_labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, shift_labels=shift_labels, vocab_size=self.config.vocab_size, **kwargs
+            )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=None if skip_logits else logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+NanoGPTModel.register_for_auto_class("AutoModel")
+NanoGPTForCausalLM.register_for_auto_class("AutoModelForCausalLM")
