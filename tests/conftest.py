@@ -1,8 +1,10 @@
-"""What every test shares: no network, two threads, and small things to build from."""
+"""What every test shares: no network, and one thread each, which is fastest for models this small."""
 
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read once, when huggingface_hub is first imported
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # here and in every process that a test starts
 
 import pytest
 import torch

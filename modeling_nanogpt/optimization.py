@@ -1,0 +1,39 @@
+"""The optimizer and the learning rate: AdamW with decay groups, and a schedule that is a pure function of the step."""
+
+import math
+
+import torch
+from torch import nn
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Two parameter groups: matrices and embeddings, which decay, and biases and norms, which do not.
+
+    A tied weight is one parameter, and counts once.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def adamw(
+    model: nn.Module, learning_rate: float, betas: tuple[float, float], weight_decay: float
+) -> torch.optim.AdamW:
+    """AdamW over the decay groups, in one fused kernel where the device has one (Loshchilov & Hutter, 1711.05101)."""
+    fused = model.device.type in ("cpu", "cuda", "mps")
+    return torch.optim.AdamW(decay_groups(model, weight_decay), lr=learning_rate, betas=betas, fused=fused)
+
+
+def learning_rate_at(step: int, learning_rate: float, min_lr: float, warmup_iters: int, lr_decay_iters: int) -> float:
+    """Linear warmup over warmup_iters optimizer steps, then half a cosine down to min_lr at lr_decay_iters.
+
+    Steps count from 0, and the first one already moves: it has 1 / (warmup_iters + 1) of the full rate.
+    """
+    if step < warmup_iters:
+        return learning_rate * (step + 1) / (warmup_iters + 1)
+    if step >= lr_decay_iters:
+        return min_lr
+    progress = (step - warmup_iters) / (lr_decay_iters - warmup_iters)  # 0 to 1
+    return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (learning_rate - min_lr)

@@ -1,0 +1,1 @@
+"""Text becomes tokens, tokens become windows. Knows nothing of models or training."""

@@ -1,0 +1,60 @@
+"""The flags that say what to train on, and the parser that all flags of the project go through."""
+
+import dataclasses
+import difflib
+from typing import NoReturn
+
+from transformers import HfArgumentParser
+
+
+def knob(default, help: str):
+    """A dataclass field with its default and the line that --help shows for it."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclasses.dataclass
+class DataArguments:
+    corpus: str | None = knob(
+        None, "python-stdlib, a text file, a folder of .txt files or a glob; without it data_dir must be there already"
+    )
+    tokenizer: str = knob("char", "char or bpe, made from the corpus; or a folder or Hub id that holds a tokenizer")
+    vocab_size: int = knob(4096, "tokens in a bpe tokenizer; the others ignore it")
+    data_dir: str | None = knob(None, "where the tokens are, or will be written")
+
+    def __post_init__(self):
+        if self.tokenizer == "bpe" and self.vocab_size < 257:
+            raise ValueError(f"vocab_size={self.vocab_size}, but bpe needs 257 at least: 256 bytes and <|endoftext|>")
+
+
+class FlagParser(HfArgumentParser):
+    """Dataclasses as `--key=value` flags, in which every mistake is one line and exit status 2.
+
+    Flags are never abbreviated; an unknown one is answered with the nearest known one. A ValueError that a dataclass
+    raises in its `__post_init__` is such a mistake as well.
+    """
+
+    def __init__(self, dataclass_types, **kwargs):
+        super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
+
+    def parse(self, argv: list[str]) -> tuple:
+        """One instance of each dataclass, filled from argv; exits on a mistake."""
+        try:
+            *parsed, unknown = self.parse_args_into_dataclasses(
+                argv, return_remaining_strings=True, look_for_args_file=False
+            )
+        except ValueError as mistake:
+            self.error(str(mistake))
+        if unknown:
+            self.error(self._explain_unknown(unknown[0]))
+        return tuple(parsed)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+    def _explain_unknown(self, flag: str) -> str:
+        if not flag.startswith("--"):
+            return f"unexpected {flag!r}: flags are written --key=value"
+        key = flag[2:].split("=")[0]
+        known = [field.name for dataclass in self.dataclass_types for field in dataclasses.fields(dataclass)]
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0)
+        return f"unknown key {key!r}: did you mean {near[0]!r}? --help lists all of them"
