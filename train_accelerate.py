@@ -273,10 +273,8 @@ def main(argv: list[str]) -> None:
         return
     accelerator.gradient_accumulation_steps = micro_steps
     device = accelerator.device
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
-    if (
-        device.type == "cpu" and launched and torch.get_num_threads() == 1
-    ):  # `accelerate launch` allows one thread only
+    if device.type == "cpu" and "ACCELERATE_MIXED_PRECISION" in os.environ and torch.get_num_threads() == 1:
+        # `accelerate launch` has set OMP_NUM_THREADS=1, which halves the speed on two cores
         torch.set_num_threads(max(1, (psutil.cpu_count(logical=False) or 1) // accelerator.num_processes))
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 where the arithmetic is float32

@@ -11,7 +11,7 @@ ROW = 1024  # tokens in a stored row; a unit of storage, not a context: windows 
 def encode(
     texts: Dataset, tokenizer: PreTrainedTokenizerBase, end_documents: bool, description: str
 ) -> tuple[Dataset, int]:
-    """The token ids of all documents in order, as rows of ROW ids in the column `input_ids`, and how many there are.
+    """The token ids of all documents in order, as rows of ROW ids in the column `input_ids`, and their number.
 
     end_documents puts the tokenizer's end-of-text id after each document. Text that spells a special token stays text.
     Ids are uint16 where the vocabulary allows it, else uint32. The last row is filled up with zeros: the count tells

@@ -52,38 +52,38 @@ def prepare(arguments: DataArguments, minimum_tokens: int = 2) -> dict:
 
 def write_data_dir(data_dir: Path, arguments: DataArguments, minimum_tokens: int) -> dict:
     """Read, tokenize and pack the corpus into a new data_dir; returns its record."""
-    documents = list(read_corpus(arguments.corpus))
-    texts = load_corpus(documents)
-    tokenizer = make_tokenizer(arguments, texts)
-    # A single text was cut by position: neither half is a document that ends. Each of several is.
-    encoded = {
-        split: encode(texts[split], tokenizer, end_documents=len(documents) > 1, description=f"tokenize {split}")
-        for split in texts
-    }
-    record = {
-        "corpus": arguments.corpus,
-        "sha256": hash_documents(documents),
-        "tokenizer": arguments.tokenizer,
-        "vocab_size": arguments.vocab_size if arguments.tokenizer == "bpe" else len(tokenizer),
-        "documents": {split: len(texts[split]) for split in texts},
-        "bytes": {split: sum(len(text.encode()) for text in texts[split]["text"]) for split in texts},
-        "tokens": {split: count for split, (_, count) in encoded.items()},
-        "versions": {package: version(package) for package in ("datasets", "tokenizers", "transformers")},
-    }
-    check_length(record["tokens"], minimum_tokens)
-
     staging = data_dir.with_name(data_dir.name + ".partial")
+    shutil.rmtree(staging, ignore_errors=True)
     try:
-        shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
-        DatasetDict({split: rows for split, (rows, _) in encoded.items()}).save_to_disk(staging)
+        documents = list(read_corpus(arguments.corpus))
+        texts = load_corpus(documents)
+        tokenizer = make_tokenizer(arguments, texts)
+        # A single text was cut by position: neither half is a document that ends. Each of several is.
+        rows, tokens = {}, {}
+        for split in texts:
+            rows[split], tokens[split] = encode(texts[split], tokenizer, len(documents) > 1, f"tokenize {split}")
+        check_length(tokens, minimum_tokens)
+        record = {
+            "corpus": arguments.corpus,
+            "sha256": hash_documents(documents),
+            "tokenizer": arguments.tokenizer,
+            "vocab_size": arguments.vocab_size if arguments.tokenizer == "bpe" else len(tokenizer),
+            "documents": {split: len(texts[split]) for split in texts},
+            "bytes": {split: sum(len(text.encode()) for text in texts[split]["text"]) for split in texts},
+            "tokens": tokens,
+            "versions": {package: version(package) for package in ("datasets", "tokenizers", "transformers")},
+        }
+        DatasetDict(rows).save_to_disk(staging)
         tokenizer.save_pretrained(staging)
         (staging / RECORD).write_text(json.dumps(record, indent=2) + "\n")
         if data_dir.exists():
-            data_dir.rmdir()  # empty: checked above
+            data_dir.rmdir()  # empty, as prepare has seen
         staging.rename(data_dir)
     except OSError as error:
         raise ValueError(f"data_dir={data_dir} cannot be written: {error}") from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
     return record
 
 
