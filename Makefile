@@ -1,0 +1,23 @@
+# make quickstart    set everything up, train the embedded default, print three samples
+# make test          set everything up, run the tests
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: quickstart test style
+
+quickstart: .venv/installed
+	$(BIN)/python train_accelerate.py hub_configs/quickstart.yaml
+	$(BIN)/python -m modeling_nanogpt.sample out/quickstart --num_samples 3
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+style: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -c constraints.txt -e ".[test,dev]"
+	touch $@
