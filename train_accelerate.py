@@ -22,7 +22,7 @@ import psutil
 import torch
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
-from accelerate.utils import set_seed, tqdm
+from accelerate.utils import parse_flag_from_env, set_seed, tqdm
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
@@ -250,10 +250,14 @@ def main(argv: list[str]) -> None:
     try:
         config = build_config(model_args)
         check_writable(run_args.out_dir)
+        state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
         accelerator = Accelerator(
-            mixed_precision=choose_precision(run_args.dtype, PartialState().device),
+            mixed_precision=choose_precision(run_args.dtype, state.device),
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
         )
+        started = int(os.environ.get("WORLD_SIZE", 1))
+        if started != accelerator.num_processes:  # as torchrun alone does on CPUs
+            raise ValueError(f"{started} processes were started, but each is alone: set ACCELERATE_USE_CPU=true")
         micro_steps, rest = divmod(run_args.gradient_accumulation_steps, accelerator.num_processes)
         if rest:
             raise ValueError(
@@ -400,6 +404,9 @@ def main(argv: list[str]) -> None:
     bar.close()
     if not run_args.eval_only:
         accelerator.print(f"best val loss {best_val_loss:.4f}; the model is in {out_dir}")
+    # Wait for the last save. Besides, a process that left at once could hang in gloo's destructor, which holds the GIL
+    # while a thread of its own still needs it to free the last gathered tensor.
+    accelerator.wait_for_everyone()
     accelerator.end_training()
 
 

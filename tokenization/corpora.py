@@ -25,7 +25,7 @@ def find_documents(corpus: str) -> list[Path]:
     elif Path(corpus).is_file():
         paths = [Path(corpus)]
     elif Path(corpus).is_dir():
-        paths = list(Path(corpus).rglob("*.txt"))
+        paths = [path for path in Path(corpus).rglob("*.txt") if path.is_file()]
         if not paths:
             raise ValueError(f"corpus={corpus}: the folder holds no .txt file; a glob such as {corpus}/**/*.md may do")
     else:
@@ -45,7 +45,7 @@ def read_document(path: Path) -> str:
         return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"corpus: {path} is not UTF-8 text (at byte {error.start})") from None
-    except (OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, LookupError) as error:  # LookupError: an encoding that is none of text
         raise ValueError(f"corpus: {path} cannot be read: {error}") from None
 
 

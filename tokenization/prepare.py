@@ -35,7 +35,7 @@ def prepare(arguments: DataArguments, minimum_tokens: int = 2) -> dict:
         raise ValueError("data_dir is not given: --data_dir=FOLDER names where the tokens are, or will be written")
     data_dir = Path(arguments.data_dir)
     if (data_dir / RECORD).exists():
-        record = json.loads((data_dir / RECORD).read_text())
+        record = read_record(data_dir)
         if arguments.corpus is not None:
             check_record(record, arguments, list(read_corpus(arguments.corpus)))
     elif arguments.corpus is None:
@@ -44,10 +44,23 @@ def prepare(arguments: DataArguments, minimum_tokens: int = 2) -> dict:
         raise ValueError(
             f"data_dir={data_dir} holds other files, and no prepared data: give an empty or new --data_dir"
         )
+    elif not data_dir.name:
+        raise ValueError(f"data_dir={data_dir} cannot be made anew: give the name of a folder in it")
     else:
         record = write_data_dir(data_dir, arguments, minimum_tokens)
     check_length(record["tokens"], minimum_tokens)
     return record
+
+
+def read_record(data_dir: Path) -> dict:
+    """The contents of prepared.json; raises ValueError where it is not the record of a data_dir."""
+    try:
+        record = json.loads((data_dir / RECORD).read_text())
+    except (OSError, ValueError):
+        record = None
+    if isinstance(record, dict) and {"sha256", "tokenizer", "vocab_size_asked", "tokens"} <= record.keys():
+        return record
+    raise ValueError(f"data_dir={data_dir}: its {RECORD} is no record of prepared data: give another --data_dir")
 
 
 def write_data_dir(data_dir: Path, arguments: DataArguments, minimum_tokens: int) -> dict:
@@ -68,7 +81,8 @@ def write_data_dir(data_dir: Path, arguments: DataArguments, minimum_tokens: int
             "corpus": arguments.corpus,
             "sha256": hash_documents(documents),
             "tokenizer": arguments.tokenizer,
-            "vocab_size": arguments.vocab_size if arguments.tokenizer == "bpe" else len(tokenizer),
+            "vocab_size": len(tokenizer),
+            "vocab_size_asked": arguments.vocab_size,
             "documents": {split: len(texts[split]) for split in texts},
             "bytes": {split: sum(len(text.encode()) for text in texts[split]["text"]) for split in texts},
             "tokens": tokens,
@@ -103,6 +117,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"tokenizer={name}: char, bpe, or a folder or Hub id with a tokenizer ({reason})") from None
+    if not tokenizer.is_fast:
+        raise ValueError(f"tokenizer={name} has no tokenizer.json, nor what one can be made from")
     if tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer={name} has no end-of-text token, which separates documents")
     return tokenizer
@@ -110,15 +126,18 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 def same_tokenizer(name: str, other: str) -> bool:
     """Whether two folders or Hub ids turn every text into the same ids; raises ValueError as load_tokenizer does."""
-    first, second = load_tokenizer(name), load_tokenizer(other)
-    return first.backend_tokenizer.to_str() == second.backend_tokenizer.to_str()
+    backends = [load_tokenizer(folder).backend_tokenizer for folder in (name, other)]
+    for backend in backends:  # settings that encoding overrides, and leaves changed
+        backend.no_padding()
+        backend.no_truncation()
+    return backends[0].to_str() == backends[1].to_str()
 
 
 def hash_documents(documents: list[str]) -> str:
-    """The sha256 of the documents with a zero byte between them: for a single one, that of its UTF-8 file."""
+    """The sha256 of the documents, a byte that UTF-8 never holds between them: for one alone, that of its file."""
     digest = hashlib.sha256()
     for i, text in enumerate(documents):
-        digest.update(b"\0" * (i > 0) + text.encode())
+        digest.update(b"\xff" * (i > 0) + text.encode())
     return digest.hexdigest()
 
 
@@ -138,9 +157,10 @@ def check_record(record: dict, arguments: DataArguments, documents: list[str]) -
         raise ValueError(
             f"data_dir={data_dir} was made with tokenizer={record['tokenizer']}, not {arguments.tokenizer}: {mend}"
         )
-    if arguments.tokenizer == "bpe" and record["vocab_size"] != arguments.vocab_size:
+    if arguments.tokenizer == "bpe" and record["vocab_size_asked"] != arguments.vocab_size:
         raise ValueError(
-            f"data_dir={data_dir} was made with vocab_size={record['vocab_size']}, not {arguments.vocab_size}: {mend}"
+            f"data_dir={data_dir} was made with vocab_size={record['vocab_size_asked']}, not {arguments.vocab_size}: "
+            f"{mend}"
         )
 
 

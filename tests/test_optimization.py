@@ -1,0 +1,78 @@
+"""The learning rate at each step, and which parameters decay."""
+
+import math
+
+import pytest
+import torch
+
+from modeling_nanogpt import NanoGPTConfig, NanoGPTForCausalLM
+from modeling_nanogpt.optimization import adamw, decay_groups, learning_rate_at
+
+SCHEDULE = {"learning_rate": 1e-3, "min_lr": 1e-4, "warmup_iters": 100, "lr_decay_iters": 2000}
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [
+        (0, 1e-3 / 101),  # the first step already moves
+        (99, 1e-3 * 100 / 101),
+        (100, 1e-3),  # the top
+        (1050, 5.5e-4),  # half of the cosine: the mean of both ends
+        (2000, 1e-4),
+        (10**6, 1e-4),  # and stays there
+    ],
+)
+def test_learning_rate_at_the_corners(step, expected):
+    assert learning_rate_at(step, **SCHEDULE) == pytest.approx(expected, rel=1e-12)
+
+
+def test_learning_rate_is_the_cosine_between_the_corners():
+    for step in range(100, 2001, 7):
+        turn = math.pi * (step - 100) / 1900
+        assert learning_rate_at(step, **SCHEDULE) == pytest.approx(5.5e-4 + 4.5e-4 * math.cos(turn), rel=1e-9)
+
+
+def tiny_model(**changes) -> NanoGPTForCausalLM:
+    shape = {"vocab_size": 64, "block_size": 16, "n_layer": 2, "n_head": 2, "n_embd": 32}
+    return NanoGPTForCausalLM(NanoGPTConfig(**shape | changes))
+
+
+def test_matrices_and_embeddings_decay_and_vectors_do_not():
+    model = tiny_model(bias=True)
+    decaying, constant = decay_groups(model, weight_decay=0.1)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert decaying["weight_decay"] == 0.1 and constant["weight_decay"] == 0.0
+    vectors = {names[id(parameter)] for parameter in constant["params"]}
+    assert vectors == {name for name in names.values() if name.endswith("bias") or "ln_" in name}
+    assert {"transformer.wte.weight", "transformer.wpe.weight"} <= {names[id(p)] for p in decaying["params"]}
+
+
+def test_each_parameter_is_in_one_group_once_and_the_tied_one_too():
+    model = tiny_model()
+    grouped = [id(parameter) for group in decay_groups(model, 0.1) for parameter in group["params"]]
+    assert len(grouped) == len(set(grouped)) == len(list(model.parameters()))
+    assert sum(p.numel() for group in decay_groups(model, 0.1) for p in group["params"]) == model.num_parameters()
+
+
+def test_frozen_parameters_are_left_out():
+    model = tiny_model()
+    model.transformer.wpe.weight.requires_grad_(False)
+    grouped = [id(parameter) for group in decay_groups(model, 0.1) for parameter in group["params"]]
+    assert id(model.transformer.wpe.weight) not in grouped
+
+
+def test_fused_adamw_takes_the_step_of_the_plain_one():
+    torch.manual_seed(0)
+    model, reference = tiny_model(), tiny_model()
+    reference.load_state_dict(model.state_dict())
+    fused = adamw(model, 1e-2, (0.9, 0.95), 0.1)
+    plain = torch.optim.AdamW(decay_groups(reference, 0.1), lr=1e-2, betas=(0.9, 0.95), fused=False, foreach=False)
+    assert all(group["fused"] for group in fused.param_groups)
+    ids = torch.randint(0, 64, (4, 16))
+    for _ in range(3):
+        for one, optimizer in ((model, fused), (reference, plain)):
+            one(ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for parameter, expected in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(parameter, expected, atol=1e-6, rtol=1e-5)

@@ -1,0 +1,356 @@
+"""The char and bpe tokenizers: no text is lost, their ids are the expected ones, and they load without the project."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import regex
+from transformers import AutoTokenizer
+
+from tokenization.bpe import train_bpe_tokenizer
+from tokenization.char import train_char_tokenizer
+from tokenization.corpora import read_document, split_documents
+
+END = "<|endoftext|>"
+BPE_SIZE = 600
+
+# Real text with words, punctuation and indentation: a module of the standard library.
+TEXT = Path(textwrap.__file__).read_text(encoding="utf-8")
+
+HARD_TEXTS = [
+    "",
+    " ",
+    "\0",
+    "a\0b\0",
+    "line\r\nline\rline\n\n\n",
+    "\ttab\t\ttab\t",
+    "run of      spaces, and at the end      ",
+    " \n \n  \n   x",
+    "tab,\x0b vertical, \x0c feed, \x85 next, \u2028 line, \u2029 paragraph, \u00a0 no-break, \u3000 wide",
+    "e\u0301 is not \u00e9, and z\u0351\u036b\u0343\u036a is neither",
+    "\u0301starts with a combining mark",
+    "\N{FAMILY} \U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f1eb\U0001f1f7 \U0001f44d\U0001f3fd \u2764\ufe0f",
+    "\U00010000\U0001d54f\U000e0041\U0010ffff",
+    "\ufeffbyte order mark, \ufffd replacement, \ufffe\uffff no characters, \ue000 private",
+    "日本語 العربية עברית ไทย हिन्दी Ελληνικά кириллица",
+    END,
+    f"{END}{END}",
+    f"before {END} after",
+    f"{END[:-1]} unfinished",
+    "<0x41>",
+    "<0x0A><0xE2><0x82><0xAC>",
+    "\N{EURO SIGN}<0x41>\N{EURO SIGN}",
+    "<unk> <s> </s> <pad> [MASK] <|im_start|> ## \u2581 \u0120 \u010a",
+    "it's WE'LL they've i'd 'tis '''s",
+    "spaces , before . marks ! and do n't 's 're ? kept",
+    "1234567890 3.14 \u00b2 \u2167 \u0663",
+]
+
+MODES = ["char", "bpe"]
+
+
+def make_tokenizer(mode):
+    return train_char_tokenizer([TEXT]) if mode == "char" else train_bpe_tokenizer([TEXT], BPE_SIZE)
+
+
+@pytest.fixture(scope="module")
+def tokenizers():
+    return {mode: make_tokenizer(mode) for mode in MODES}
+
+
+@pytest.fixture(params=MODES)
+def tokenizer(request, tokenizers):
+    return tokenizers[request.param]
+
+
+def encode(tokenizer, text):
+    """The ids of text as training text is encoded: what spells a special token stays text."""
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
+def random_texts(count, seed):
+    """Texts of up to 40 pieces from pools that each hold a way to lose something."""
+    dice = random.Random(seed)
+    seen = sorted(set(TEXT))
+    pools = [
+        lambda: dice.choice(seen),
+        lambda: " " * dice.randint(1, 9),
+        lambda: dice.choice(["\0", "\t", "\n", "\r", "\r\n", "\x0b", "\x1b", "\x7f", "\x85", "\u2028"]),
+        lambda: dice.choice([END, "<0x41>", "<0xFF>", "<|", "|>", "<unk>", "\u0120", "\u2581"]),
+        lambda: chr(dice.randint(0x00A0, 0x02FF)),
+        lambda: "e" + "".join(chr(dice.randint(0x0300, 0x036F)) for _ in range(dice.randint(1, 4))),
+        lambda: chr(dice.randint(0x1F300, 0x1FAFF)) + dice.choice(["", "\ufe0f", "\u200d", "\U0001f3fd"]),
+        lambda: chr(dice.randint(0x4E00, 0x9FFF)),
+        lambda: chr(dice.randint(0xE000, 0xFFFF)),  # from private use to the non-characters; past the surrogates
+        lambda: chr(dice.randint(0x10000, 0x10FFFF)),
+    ]
+    return ["".join(dice.choice(pools)() for _ in range(dice.randint(1, 40))) for _ in range(count)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# No text is lost
+
+
+@pytest.mark.parametrize("text", HARD_TEXTS, ids=ascii)
+def test_a_hard_text_round_trips(tokenizer, text):
+    assert tokenizer.decode(encode(tokenizer, text)) == text
+
+
+def test_random_unicode_round_trips(tokenizer):
+    texts = random_texts(600, seed=0)
+    for text, ids in zip(texts, encode(tokenizer, texts), strict=True):
+        assert tokenizer.decode(ids) == text, ascii(text)
+        assert tokenizer.decode(ids, skip_special_tokens=True) == text, ascii(text)
+
+
+def test_every_id_is_below_the_vocabulary_size(tokenizer):
+    largest = max(max(ids) for ids in encode(tokenizer, random_texts(200, seed=1)))
+    assert largest < len(tokenizer)
+    assert sorted(tokenizer.get_vocab().values()) == list(range(len(tokenizer)))  # no holes: the ids fit an embedding
+
+
+def test_every_single_id_decodes(tokenizer):
+    assert all(isinstance(tokenizer.decode([i]), str) for i in range(len(tokenizer)))
+
+
+def test_no_loader_is_told_to_tidy_what_it_decodes(tokenizer):
+    assert tokenizer.clean_up_tokenization_spaces is False  # some versions of transformers heed it for these, some not
+
+
+def test_text_that_spells_the_special_token_is_text_in_training_and_special_in_a_prompt(tokenizer):
+    assert tokenizer.eos_token_id not in encode(tokenizer, f"a{END}b{END}")
+    assert tokenizer(END)["input_ids"] == [tokenizer.eos_token_id]
+
+
+def test_nothing_is_added_to_a_prompt(tokenizer):
+    assert tokenizer(TEXT[:200])["input_ids"] == encode(tokenizer, TEXT[:200])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a batch of prompts gets
+
+
+def test_end_of_text_begins_ends_and_pads(tokenizer):
+    assert tokenizer.eos_token == tokenizer.bos_token == tokenizer.pad_token == END
+    assert tokenizer.eos_token_id == tokenizer.bos_token_id == tokenizer.pad_token_id
+    assert tokenizer.decode([tokenizer.eos_token_id]) == END
+    assert tokenizer.decode([tokenizer.eos_token_id], skip_special_tokens=True) == ""
+
+
+def test_a_batch_is_padded_on_the_left(tokenizer):
+    prompts = ["def f(x):", "def f(x):\n    return some(x)", "d"]
+    batch = tokenizer(prompts, padding=True)
+    width = max(len(encode(tokenizer, prompt)) for prompt in prompts)
+    for prompt, ids, mask in zip(prompts, batch["input_ids"], batch["attention_mask"], strict=True):
+        own = encode(tokenizer, prompt)
+        missing = width - len(own)
+        assert ids == [tokenizer.pad_token_id] * missing + own
+        assert mask == [0] * missing + [1] * len(own)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# char: nanoGPT's ids
+
+
+def test_char_ids_are_nanogpts(tokenizers):
+    characters = sorted(set(TEXT))  # as nanoGPT's data/shakespeare_char/prepare.py has it
+    stoi = {character: i for i, character in enumerate(characters)}
+    assert encode(tokenizers["char"], TEXT) == [stoi[character] for character in TEXT]
+
+
+def test_char_vocabulary_is_the_characters_then_256_bytes_then_end_of_text(tokenizers):
+    count = len(set(TEXT))
+    assert len(tokenizers["char"]) == tokenizers["char"].vocab_size + 1 == count + 256 + 1
+    assert tokenizers["char"].eos_token_id == count + 256
+
+
+def test_char_spells_an_unseen_character_by_its_bytes(tokenizers):
+    count = len(set(TEXT))
+    assert "\N{EURO SIGN}" not in TEXT
+    assert encode(tokenizers["char"], "a\N{EURO SIGN}") == [
+        sorted(set(TEXT)).index("a"),
+        *(count + byte for byte in "\N{EURO SIGN}".encode()),
+    ]
+
+
+def test_char_ids_do_not_depend_on_the_order_of_the_texts():
+    texts = ["zebra", "\U0001f600", "apple\n", "\u00e9"]
+    assert train_char_tokenizer(texts).get_vocab() == train_char_tokenizer(reversed(texts)).get_vocab()
+
+
+def test_char_sees_characters_of_the_astral_plane_as_one_token():
+    tokenizer = train_char_tokenizer(["\U0001f600b\U0010ffff"])
+    assert encode(tokenizer, "\U0001f600\U0010ffffb") == [1, 2, 0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# bpe: GPT-2's algorithm
+
+GPT2_WORDS = regex.compile(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
+
+
+def byte_letters():
+    """GPT-2's letter for each byte: itself where it prints, else the next one from U+0100 on."""
+    printing = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
+    others = [byte for byte in range(256) if byte not in printing]
+    return {byte: chr(byte) for byte in printing} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+def slow_bpe(text, vocabulary, merges):
+    """The ids of text: in each word the pair that was merged first is joined, until there is none."""
+    letters = byte_letters()
+    ranks = {tuple(pair): rank for rank, pair in enumerate(merges)}
+    ids = []
+    for word in GPT2_WORDS.findall(text):
+        parts = [letters[byte] for byte in word.encode()]
+        while True:
+            pairs = [(ranks[pair], i) for i, pair in enumerate(zip(parts, parts[1:], strict=False)) if pair in ranks]
+            if not pairs:
+                break
+            _, i = min(pairs)
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        ids += [vocabulary[part] for part in parts]
+    return ids
+
+
+def read_model(tokenizer, folder):
+    tokenizer.save_pretrained(folder)
+    return json.loads((Path(folder) / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+
+
+def test_bpe_ids_are_those_of_a_slow_bpe_over_its_merges(tokenizers, tmp_path):
+    model = read_model(tokenizers["bpe"], tmp_path)
+    assert len(model["merges"]) == BPE_SIZE - 257
+    for text in [TEXT, *HARD_TEXTS, *(TEXT[i : i + 97] for i in range(0, 2000, 61))]:
+        assert encode(tokenizers["bpe"], text) == slow_bpe(text, model["vocab"], model["merges"]), ascii(text[:99])
+
+
+def test_bpe_vocabulary_is_end_of_text_then_256_bytes_then_merges_in_order(tokenizers, tmp_path):
+    tokenizer = tokenizers["bpe"]
+    model = read_model(tokenizer, tmp_path)
+    tokens = sorted(model["vocab"], key=model["vocab"].get)
+    assert tokens[0] == END and tokenizer.eos_token_id == 0
+    assert set(tokens[1:257]) == set(byte_letters().values())
+    assert tokens[257:] == [left + right for left, right in model["merges"]]
+
+
+@pytest.mark.parametrize("size", [257, 258, 300, BPE_SIZE])
+def test_bpe_has_as_many_tokens_as_were_asked_for(size):
+    assert len(train_bpe_tokenizer([TEXT], size)) == size
+
+
+def test_bpe_of_a_short_text_has_fewer_tokens_and_still_loses_nothing():
+    tokenizer = train_bpe_tokenizer(["aaaa bbbb"], 4096)
+    assert 257 < len(tokenizer) < 300
+    for text in HARD_TEXTS:
+        assert tokenizer.decode(encode(tokenizer, text)) == text
+
+
+def test_bpe_merges_join_no_two_words(tokenizers):
+    # Every token that is more than one byte is, as text, one word of GPT-2's pattern; a character may be cut in two.
+    letters = {letter: byte for byte, letter in byte_letters().items()}
+    for token in tokenizers["bpe"].get_vocab():
+        text = bytes(letters[letter] for letter in token).decode(errors="ignore") if token != END else ""
+        assert len(GPT2_WORDS.findall(text)) <= 1, ascii(text)
+
+
+def test_the_same_texts_give_the_same_tokenizer():
+    for mode in MODES:
+        first, second = (make_tokenizer(mode).backend_tokenizer.to_str() for _ in range(2))
+        assert first == second
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading, where there is transformers alone
+
+FRESH_PROCESS = """
+import json, sys
+
+class NoProject:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("tokenization", "modeling_nanogpt", "train_accelerate"):
+            raise ModuleNotFoundError("blocked: " + name)
+
+sys.meta_path.insert(0, NoProject())
+try:
+    import tokenization
+except ModuleNotFoundError:
+    pass
+else:
+    raise SystemExit("the project is not blocked")
+from transformers import AutoTokenizer
+
+texts = json.loads(sys.stdin.read())
+loaded = {mode: AutoTokenizer.from_pretrained(mode) for mode in ("char", "bpe")}
+encoded = {
+    mode: [tokenizer(texts)["input_ids"], tokenizer(texts, split_special_tokens=True)["input_ids"]]
+    for mode, tokenizer in loaded.items()
+}
+decoded = {
+    mode: [tokenizer.decode(ids) for ids in encoded[mode][1]] for mode, tokenizer in loaded.items()
+}
+facts = {
+    mode: [len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.padding_side]
+    for mode, tokenizer in loaded.items()
+}
+print(json.dumps([encoded, decoded, facts]))
+"""
+
+
+def test_a_saved_tokenizer_loads_where_this_project_is_not(tokenizers, tmp_path):
+    for mode, tokenizer in tokenizers.items():
+        tokenizer.save_pretrained(tmp_path / mode)
+    texts = [*HARD_TEXTS[1:], *random_texts(50, seed=2), TEXT[:3000]]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    child = subprocess.run(
+        [sys.executable, "-c", FRESH_PROCESS],
+        input=json.dumps(texts),
+        capture_output=True,
+        encoding="utf-8",
+        cwd=tmp_path,
+        env=environment,
+        timeout=120,
+    )
+    assert child.returncode == 0, child.stderr
+    encoded, decoded, facts = json.loads(child.stdout)
+    for mode, tokenizer in tokenizers.items():
+        prompts = [tokenizer(text)["input_ids"] for text in texts]
+        training = [encode(tokenizer, text) for text in texts]
+        assert encoded[mode] == [prompts, training]
+        assert decoded[mode] == texts
+        assert facts[mode] == [len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id, "left"]
+
+
+def test_encoding_training_text_does_not_change_what_is_saved(tmp_path):
+    for mode in MODES:
+        tokenizer = make_tokenizer(mode)
+        tokenizer.save_pretrained(tmp_path / mode / "before")
+        encode(tokenizer, [f"a {END}", "b"])
+        tokenizer.save_pretrained(tmp_path / mode / "after")
+        for file in (tmp_path / mode / "before").iterdir():
+            assert file.read_bytes() == (tmp_path / mode / "after" / file.name).read_bytes()
+        assert AutoTokenizer.from_pretrained(tmp_path / mode / "after")(END)["input_ids"] == [tokenizer.eos_token_id]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tiny Shakespeare, as nanoGPT prepares it
+
+
+@pytest.mark.skipif("TINYSHAKESPEARE" not in os.environ, reason="TINYSHAKESPEARE does not name the text file")
+def test_tiny_shakespeare_is_split_and_encoded_as_by_nanogpt():
+    text = read_document(Path(os.environ["TINYSHAKESPEARE"]))
+    splits = split_documents([text])
+    assert [len(document) for document in splits["train"]] == [1_003_854]
+    assert [len(document) for document in splits["val"]] == [111_540]
+    assert splits["train"][0] + splits["val"][0] == text
+    tokenizer = train_char_tokenizer([text])
+    assert len(tokenizer) == 65 + 256 + 1
+    codes = np.array([ord(character) for character in text])
+    expected = np.searchsorted(np.unique(codes), codes)
+    np.testing.assert_array_equal(np.array(encode(tokenizer, text)), expected)

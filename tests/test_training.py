@@ -1,0 +1,219 @@
+"""The loop as it really runs: what it trains on, what it computes, and what it leaves in out_dir."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, train, write_corpus, write_recipe
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from modeling_nanogpt.optimization import learning_rate_at
+from tokenization.windows import open_stream
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_out_dir_is_a_whole_model_repository(run):
+    assert {path.name for path in run.out_dir.iterdir()} == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "configuration_nanogpt.py",
+        "modeling_nanogpt.py",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "README.md",
+        "loss.png",
+        "run.yaml",
+        "history.jsonl",
+    }
+
+
+def test_training_learns(run):
+    assert run.losses[0] > 5 and run.losses[-1] < 3
+    assert run.val_losses[-1] < 3 < run.val_losses[0]
+
+
+def test_max_iters_counts_optimizer_updates_and_each_has_its_learning_rate(run):
+    assert [entry["step"] for entry in run.history if "loss" in entry] == list(range(1, 21))
+    assert [entry["step"] for entry in run.history if "val_loss" in entry] == [0, 10, 20]
+    expected = [learning_rate_at(step, 1e-2, 1e-3, 2, 20) for step in range(20)]
+    assert run.rates == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_last_evaluation_is_always_there(tmp_path):
+    run = train(tmp_path, max_iters=7, eval_interval=5)
+    assert [entry["step"] for entry in run.history if "val_loss" in entry] == [0, 5, 7]
+
+
+def test_run_yaml_repeats_the_run_bit_for_bit(run, tmp_path):
+    recipe = (run.out_dir / "run.yaml").read_text().replace(str(run.out_dir), str(tmp_path / "again"))
+    (tmp_path / "run.yaml").write_text(recipe)
+    command = [sys.executable, ROOT / "train_accelerate.py", tmp_path / "run.yaml"]
+    subprocess.run(command, check=True, cwd=tmp_path, capture_output=True)
+    again = [json.loads(line) for line in (tmp_path / "again" / "history.jsonl").read_text().splitlines()]
+    assert [entry["loss"] for entry in again if "loss" in entry] == run.losses
+    first, second = (load_file(folder / "model.safetensors") for folder in (run.out_dir, tmp_path / "again"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_another_seed_is_another_run(run, tmp_path):
+    assert train(tmp_path, seed=7).losses[0] != run.losses[0]
+
+
+@pytest.mark.parametrize(("batch_size", "micro_batches"), [(2, 4), (1, 8)])
+def test_accumulated_micro_batches_equal_one_batch(run, tmp_path, batch_size, micro_batches):
+    split = train(tmp_path, batch_size=batch_size, gradient_accumulation_steps=micro_batches)
+    assert split.losses == pytest.approx(run.losses, abs=1e-5)
+
+
+def test_two_processes_train_on_the_same_windows(tmp_path):
+    one = train(tmp_path, gradient_accumulation_steps=4, batch_size=2)
+    flags = TINY | {"gradient_accumulation_steps": 4, "batch_size": 2, "out_dir": tmp_path / "two"}
+    recipe = write_recipe(tmp_path / "two.yaml", corpus=tmp_path / "corpus.txt", data_dir=tmp_path / "data", **flags)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    result = subprocess.run(
+        [*launch, ROOT / "train_accelerate.py", recipe],
+        env=os.environ | {"ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "2 process(es) on cpu" in result.stdout
+    assert result.stdout.count("step 20: ") == 1  # one process speaks
+    history = [json.loads(line) for line in (tmp_path / "two" / "history.jsonl").read_text().splitlines()]
+    assert [entry["loss"] for entry in history if "loss" in entry] == pytest.approx(one.losses, abs=1e-5)
+    assert [entry["lr"] for entry in history if "lr" in entry] == one.rates
+    assert [e["val_loss"] for e in history if "val_loss" in e] == pytest.approx(one.val_losses, abs=1e-5)
+
+
+def test_accelerate_launch_runs_the_command_of_the_readme(tmp_path):
+    recipe = write_recipe(
+        tmp_path / "tiny.yaml", corpus=write_corpus(tmp_path / "corpus.txt"), **TINY | {"max_iters": 3}
+    )
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1"]
+    command = [*launch, ROOT / "train_accelerate.py", recipe, "--max_iters=2"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "step 2: " in result.stdout and "step 3: " not in result.stdout  # the command line wins
+    assert (tmp_path / "out" / "tiny" / "model.safetensors").exists()
+    assert (tmp_path / "data" / "tiny" / "prepared.json").exists()
+
+
+def whole_split_loss(run, split: str) -> float:
+    """Mean loss over all targets of a split in windows side by side, one window at a time, in float64."""
+    model = AutoModelForCausalLM.from_pretrained(run.out_dir, trust_remote_code=False).double().eval()
+    stream = open_stream(run.data_dir, split)
+    ids = torch.from_numpy(stream.windows(np.array([0]), len(stream))[0])
+    total = 0.0
+    with torch.no_grad():
+        for start in range(0, len(ids) - 1, TINY["block_size"]):
+            window = ids[start : start + TINY["block_size"] + 1]
+            logits = model(window[None, :-1]).logits[0]
+            total += torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum").item()
+    return total / (len(ids) - 1)
+
+
+def test_val_loss_is_that_of_the_whole_split(run):
+    assert run.val_losses[-1] == pytest.approx(whole_split_loss(run, "val"), abs=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_evaluation_does_not_depend_on_the_batch_size(run, tmp_path, batch_size, capsys):
+    train(
+        tmp_path,
+        init_from=run.out_dir,
+        corpus=run.data_dir.parent / "corpus.txt",
+        data_dir=run.data_dir,
+        batch_size=batch_size,
+        eval_only=True,
+    )
+    said = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("step 0"))
+    assert float(said.split()[-1]) == pytest.approx(run.val_losses[-1], abs=1e-4)
+
+
+def test_eval_only_and_prepare_only_write_no_model(tmp_path):
+    run = train(tmp_path, prepare_only=True)
+    assert (run.data_dir / "prepared.json").exists() and not run.out_dir.exists()
+    run = train(tmp_path, eval_only=True)
+    assert not run.out_dir.exists()
+
+
+def test_eval_tokens_limits_both_splits(tmp_path):
+    limited = train(tmp_path, max_iters=1, eval_tokens=64)
+    whole = train(tmp_path, max_iters=1)
+    assert limited.val_losses[0] != whole.val_losses[0]
+    assert limited.val_losses[0] == pytest.approx(whole.val_losses[0], abs=0.2)
+
+
+def test_only_the_best_model_is_kept_unless_all_are(tmp_path):
+    # a learning rate that wrecks the model: from the second evaluation on, validation gets worse
+    flags = {"max_iters": 8, "eval_interval": 2, "decay_lr": "false", "learning_rate": 0.01, "grad_clip": 0}
+    every = train(tmp_path, **flags | {"learning_rate": 3.0})
+    assert every.history[-1]["step"] == 8
+    assert min(every.val_losses[1:]) != every.val_losses[-1]
+    best = train(
+        tmp_path, **flags | {"learning_rate": 3.0, "out_dir": tmp_path / "best"}, always_save_checkpoint=False
+    )
+    if best.history:  # nothing at all is saved where nothing improves on the start... which is no step of training
+        assert best.history[-1]["val_loss"] == min(best.val_losses)
+
+
+def test_compiled_training_equals_eager_and_leaves_no_prefix(run, tmp_path):
+    compiled = train(tmp_path, compile=True, max_iters=4)
+    assert compiled.losses == pytest.approx(run.losses[:4], abs=0.05)
+    with safe_open(compiled.out_dir / "model.safetensors", "pt") as file:
+        assert all(name.startswith("transformer.") for name in file.keys())  # noqa: SIM118  no dict
+
+
+def test_bfloat16_arithmetic_keeps_float32_weights(run, tmp_path):
+    half = train(tmp_path, dtype="bfloat16")
+    assert half.losses == pytest.approx(run.losses, abs=0.1) and half.losses != run.losses
+    assert {tensor.dtype for tensor in load_file(half.out_dir / "model.safetensors").values()} == {torch.float32}
+
+
+def test_init_from_goes_on_where_the_model_is(run, tmp_path):
+    more = train(tmp_path, init_from=run.out_dir, data_dir=run.data_dir, corpus=run.data_dir.parent / "corpus.txt")
+    assert more.val_losses[0] == pytest.approx(run.val_losses[-1], abs=1e-5)
+    assert more.val_losses[-1] < run.val_losses[-1]
+
+
+def test_init_from_half_precision_trains_float32_weights(run, tmp_path):
+    half = AutoModelForCausalLM.from_pretrained(run.out_dir, dtype=torch.float16)
+    half.save_pretrained(tmp_path / "half")
+    more = train(tmp_path, init_from=tmp_path / "half", max_iters=1)
+    assert {tensor.dtype for tensor in load_file(more.out_dir / "model.safetensors").values()} == {torch.float32}
+
+
+def test_dropout_may_change_on_the_way(run, tmp_path):
+    more = train(tmp_path, init_from=run.out_dir, dropout=0.5, max_iters=1)
+    assert AutoModelForCausalLM.from_pretrained(more.out_dir).config.dropout == 0.5
+
+
+def test_what_is_saved_samples_only_tokens_that_exist(run):
+    tokenizer, model = (auto.from_pretrained(run.out_dir) for auto in (AutoTokenizer, AutoModelForCausalLM))
+    assert model.config.vocab_size % 64 == 0 and model.config.vocab_size > len(tokenizer)
+    assert model.config.use_cache is True and tokenizer.model_max_length == TINY["block_size"]
+    torch.nn.init.zeros_(model.transformer.wte.weight)  # every id is as likely as any other
+    start = torch.full((200, 1), 5)
+    ids = model.generate(start, do_sample=True, top_k=0, max_new_tokens=5, eos_token_id=-1)
+    assert ids.max() < len(tokenizer)
+
+
+def test_a_killed_run_leaves_a_model_that_loads(run, tmp_path):
+    out_dir = tmp_path / "out"
+    shutil.copytree(run.out_dir, out_dir)
+    (out_dir / ".saving").mkdir()
+    (out_dir / ".saving" / "model.safetensors").write_bytes(b"half")
+    assert math.isfinite(AutoModelForCausalLM.from_pretrained(out_dir).lm_head.weight.sum().item())
+    again = train(tmp_path, max_iters=1)
+    assert not (again.out_dir / ".saving").exists()
