@@ -91,10 +91,6 @@ class RunArguments:
                 raise ValueError(f"{name}={getattr(self, name)}, but it must be at least 1")
         self.lr_decay_iters = self.max_iters if self.lr_decay_iters is None else self.lr_decay_iters
         self.min_lr = self.learning_rate / 10 if self.min_lr is None else self.min_lr
-        if self.decay_lr and self.lr_decay_iters <= self.warmup_iters:
-            raise ValueError(
-                f"lr_decay_iters={self.lr_decay_iters} must be more than warmup_iters={self.warmup_iters}"
-            )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -116,7 +116,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"tokenizer={name}: char, bpe, or a folder or Hub id with a tokenizer ({reason})") from None
+        raise ValueError(
+            f"{name} holds no tokenizer: --tokenizer is char, bpe, or a folder or Hub id that holds one ({reason})"
+        ) from None
     if not tokenizer.is_fast:
         raise ValueError(f"tokenizer={name} has no tokenizer.json, nor what one can be made from")
     if tokenizer.eos_token_id is None:
