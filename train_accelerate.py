@@ -24,7 +24,7 @@ import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.utils import parse_flag_from_env, set_seed, tqdm
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 from transformers.utils.logging import disable_progress_bar
 
 from modeling_nanogpt import NanoGPTConfig, NanoGPTForCausalLM
@@ -33,7 +33,7 @@ from modeling_nanogpt.optimization import adamw, learning_rate_at
 from modeling_nanogpt.publishing import write_report
 from modeling_nanogpt.throughput import flops_per_token, peak_flops
 from tokenization.arguments import DataArguments, FlagParser, knob
-from tokenization.prepare import prepare, same_tokenizer
+from tokenization.prepare import load_tokenizer, prepare, same_tokenizer
 from tokenization.windows import TokenStream, evaluation_offsets, open_stream, training_offsets
 
 RECIPES = Path(__file__).parent / "hub_configs"
@@ -262,10 +262,12 @@ def main(argv: list[str]) -> None:
             )
         with accelerator.main_process_first():
             record = prepare(data_args, minimum_tokens=config.block_size + 1)
-        if model_args.init_from != "scratch" and not same_tokenizer(data_args.data_dir, model_args.init_from):
+        tokenizer = load_tokenizer(data_args.data_dir, "data_dir")
+        source = model_args.init_from
+        if source != "scratch" and not same_tokenizer(tokenizer, load_tokenizer(source, "init_from")):
             raise ValueError(
-                f"data_dir={data_args.data_dir} has other tokens than init_from={model_args.init_from} learned: "
-                f"prepare another data_dir with --tokenizer={model_args.init_from}"
+                f"data_dir={data_args.data_dir} has other tokens than init_from={source} learned: prepare another "
+                f"data_dir with --tokenizer={source}"
             )
     except ValueError as mistake:
         sys.exit(f"train_accelerate.py: error: {mistake}")
@@ -281,7 +283,7 @@ def main(argv: list[str]) -> None:
     disable_progress_bar()  # of saving: the bar here is the loop's
 
     out_dir = Path(run_args.out_dir)
-    tokenizer = AutoTokenizer.from_pretrained(data_args.data_dir, model_max_length=config.block_size)
+    tokenizer.model_max_length = config.block_size
     train, val = open_stream(data_args.data_dir, "train"), open_stream(data_args.data_dir, "val")
 
     # -----------------------------------------------------------------------------------------------------------------

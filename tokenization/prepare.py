@@ -110,25 +110,24 @@ def make_tokenizer(arguments: DataArguments, texts: DatasetDict) -> PreTrainedTo
     return load_tokenizer(arguments.tokenizer)
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or Hub id; raises ValueError where there is none, or it marks no end of text."""
+def load_tokenizer(name: str, flag: str = "tokenizer") -> PreTrainedTokenizerBase:
+    """The tokenizer of the folder or Hub id that a flag names; raises ValueError where there is none."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(
-            f"{name} holds no tokenizer: --tokenizer is char, bpe, or a folder or Hub id that holds one ({reason})"
-        ) from None
+        allowed = "char, bpe, or a folder or Hub id with a tokenizer" if flag == "tokenizer" else "it has no tokenizer"
+        raise ValueError(f"{flag}={name}: {allowed} ({reason})") from None
     if not tokenizer.is_fast:
-        raise ValueError(f"tokenizer={name} has no tokenizer.json, nor what one can be made from")
+        raise ValueError(f"{flag}={name} has no tokenizer.json, nor what one can be made from")
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"tokenizer={name} has no end-of-text token, which separates documents")
+        raise ValueError(f"{flag}={name} has no end-of-text token, which separates documents")
     return tokenizer
 
 
-def same_tokenizer(name: str, other: str) -> bool:
-    """Whether two folders or Hub ids turn every text into the same ids; raises ValueError as load_tokenizer does."""
-    backends = [load_tokenizer(folder).backend_tokenizer for folder in (name, other)]
+def same_tokenizer(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> bool:
+    """Whether two tokenizers turn every text into the same ids."""
+    backends = [first.backend_tokenizer, second.backend_tokenizer]
     for backend in backends:  # settings that encoding overrides, and leaves changed
         backend.no_padding()
         backend.no_truncation()
@@ -154,7 +153,7 @@ def check_record(record: dict, arguments: DataArguments, documents: list[str]) -
     if arguments.tokenizer in ("char", "bpe"):
         same = record["tokenizer"] == arguments.tokenizer
     else:
-        same = same_tokenizer(arguments.tokenizer, data_dir)
+        same = same_tokenizer(load_tokenizer(arguments.tokenizer), load_tokenizer(data_dir, "data_dir"))
     if not same:
         raise ValueError(
             f"data_dir={data_dir} was made with tokenizer={record['tokenizer']}, not {arguments.tokenizer}: {mend}"
