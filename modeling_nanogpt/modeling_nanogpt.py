@@ -192,15 +192,18 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
 
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-        # Positions that the caller did not give stay out of the mask: it would search them for packed sequences, which
-        # costs a device synchronisation a step and, under torch.compile, the fast causal kernel.
-        attention_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
+        # Where nothing but order matters, sdpa needs no mask to be causal, and has its fastest kernel only without one;
+        # under torch.compile create_causal_mask may make one all the same. It would also search positions for packed
+        # sequences, a device synchronisation a step, so it sees only those that the caller gave.
+        in_order = attention_mask is None and position_ids is None and past_key_values is None
+        if not (in_order and self.config._attn_implementation == "sdpa") or torch.compiler.is_exporting():
+            attention_mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
         if position_ids is None:
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + seen  # (1, T)
         self._check_positions(seen, position_ids)
@@ -219,10 +222,11 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
 
     def _check_positions(self, seen, position_ids):
         # Learned positions end at block_size; beyond it the lookup would be an IndexError on CPU and a dead process on
-        # CUDA. Positions never exceed the length: the device is asked only where the length does (padding, packing).
-        if torch.compiler.is_compiling() or torch.is_tensor(seen):
+        # CUDA. There a look at the positions is a synchronisation, so only input longer than block_size gets one.
+        if torch.compiler.is_compiling():
             return
-        if seen + position_ids.shape[1] > self.config.block_size and position_ids.max() >= self.config.block_size:
+        too_long = not torch.is_tensor(seen) and seen + position_ids.shape[1] > self.config.block_size
+        if (too_long or position_ids.device.type == "cpu") and position_ids.max() >= self.config.block_size:
             raise ValueError(
                 f"position {position_ids.max().item()} is beyond block_size={self.config.block_size} (positions count "
                 "from 0): shorten the input, or the number of new tokens"
