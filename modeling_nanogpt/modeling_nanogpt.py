@@ -192,7 +192,7 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
 
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-        # Where nothing but order matters, sdpa needs no mask to be causal, and only without one has its fastest kernel;
+        # Where nothing but order matters, sdpa is causal without a mask, and only so does it have its fastest kernel;
         # under torch.compile create_causal_mask may make one all the same. It would also search positions for packed
         # sequences, a device synchronisation a step, so it sees only those that the caller gave.
         in_order = attention_mask is None and position_ids is None and past_key_values is None
