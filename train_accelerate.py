@@ -357,6 +357,7 @@ def main(argv: list[str]) -> None:
             history.append({"step": step, "eval_train_loss": train_loss, "val_loss": val_loss})
             if accelerator.is_main_process:
                 bar.write(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
+                sys.stdout.flush()  # a killed run has its lines in the log file
             if step > 0 and (val_loss < best_val_loss or run_args.always_save_checkpoint):
                 save(step, history)
             best_val_loss = min(best_val_loss, val_loss)
