@@ -1,0 +1,95 @@
+"""Where a model can come from: a folder or Hub id, of this project or of GPT-2's architecture, or nanoGPT's ckpt.pt.
+
+The configuration and the weights are read apart, so that a mistake shows before any weight is loaded.
+"""
+
+import pickle
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, PreTrainedConfig, PreTrainedModel
+
+from .configuration_nanogpt import NanoGPTConfig
+from .conversion import StateDict, config_from_gpt2, config_from_nanogpt, weights_from_gpt2, weights_from_nanogpt
+
+
+def read_config(source: str) -> NanoGPTConfig:
+    """The configuration of what a source holds; raises ValueError where that is none of the models we know."""
+    try:
+        if ckpt := find_ckpt(source):
+            return config_from_nanogpt(read_ckpt(ckpt)["model_args"])
+        config = read_auto_config(source)
+        return config_from_gpt2(config) if isinstance(config, GPT2Config) else config
+    except StrictDataclassError as error:
+        raise ValueError(f"{source}: {error.__cause__}") from None
+    except KeyError as error:
+        raise ValueError(f"{source}: its model_args have no {error}") from None
+
+
+def read_weights(source: str) -> StateDict:
+    """The weights of what a source holds, under our names and in their own dtype; raises ValueError without any."""
+    if ckpt := find_ckpt(source):
+        return weights_from_nanogpt(read_ckpt(ckpt)["model"])
+    config = read_auto_config(source)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, dtype="auto")
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{source} holds no weights that can be read ({first_line(error)})") from None
+    return weights_from_gpt2(model.state_dict()) if isinstance(config, GPT2Config) else model.state_dict()
+
+
+def find_ckpt(source: str) -> Path | None:
+    """The path of ckpt.pt where a source is that file, or the folder it is in."""
+    path = Path(source)
+    if path.is_dir():
+        path = path / "ckpt.pt"
+    return path if path.is_file() else None
+
+
+def read_ckpt(path: Path) -> dict:
+    """What nanoGPT saved, mapped rather than loaded; no code that the pickle may hold is run."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError:
+        raise ValueError(
+            f"{path} is not a checkpoint: it holds more than weights, and code in it is not run"
+        ) from None
+    except (OSError, RuntimeError, EOFError, ValueError):
+        raise ValueError(f"{path} is not a checkpoint that nanoGPT saved") from None
+    if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
+        raise ValueError(f"{path} is not nanoGPT's: it has no model and model_args")
+    return checkpoint
+
+
+def read_auto_config(source: str) -> NanoGPTConfig | GPT2Config:
+    """The config.json of a folder or Hub id, of the two architectures that we know."""
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{source} holds no model ({first_line(error)})") from None
+    if not isinstance(config, NanoGPTConfig | GPT2Config):
+        raise ValueError(f"{source} holds a model of type {config.model_type}, neither nanogpt nor gpt2")
+    return config
+
+
+def build_model(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, weights: StateDict, dtype: torch.dtype
+) -> PreTrainedModel:
+    """A model with just these weights, in this dtype; raises ValueError where they are not all of it, or more."""
+    try:
+        model, report = model_class.from_pretrained(
+            None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
+        )
+    except RuntimeError as error:  # tensors of another shape
+        raise ValueError(f"these weights do not fit the model ({first_line(error)})") from None
+    wrong = {str(name) for kind in ("missing_keys", "unexpected_keys") for name in report[kind]}
+    if wrong:
+        raise ValueError(f"these weights do not fit the model: {', '.join(sorted(wrong))}")
+    return model
+
+
+def first_line(error: Exception) -> str:
+    """What went wrong, without the advice that libraries put below it."""
+    return str(error).strip().split("\n")[0]
