@@ -13,7 +13,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -24,16 +24,17 @@ import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.utils import parse_flag_from_env, set_seed, tqdm
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig
 from transformers.utils.logging import disable_progress_bar
 
 from modeling_nanogpt import NanoGPTConfig, NanoGPTForCausalLM
 from modeling_nanogpt.checkpointing import check_writable, written_aside
+from modeling_nanogpt.conversion import crop_positions
 from modeling_nanogpt.optimization import adamw, learning_rate_at
 from modeling_nanogpt.publishing import write_report
+from modeling_nanogpt.sources import build_model, find_ckpt, read_config, read_weights
 from modeling_nanogpt.throughput import flops_per_token, peak_flops
 from tokenization.arguments import DataArguments, FlagParser, knob
-from tokenization.prepare import load_tokenizer, prepare, same_tokenizer
+from tokenization.prepare import load_tokenizer, prepare
 from tokenization.windows import TokenStream, evaluation_offsets, open_stream, training_offsets
 
 RECIPES = Path(__file__).parent / "hub_configs"
@@ -44,7 +45,7 @@ RECIPES = Path(__file__).parent / "hub_configs"
 
 @dataclasses.dataclass
 class ModelArguments:
-    init_from: str = knob("scratch", "scratch, or the folder of a trained model to go on from")
+    init_from: str = knob("scratch", "scratch, or what to go on from: a folder, Hub id or nanoGPT's ckpt.pt")
     block_size: int | None = knob(None, "longest context, tokens (scratch: 1024)")
     n_layer: int | None = knob(None, "blocks (scratch: 12)")
     n_head: int | None = knob(None, "attention heads, a divisor of n_embd (scratch: 12)")
@@ -86,21 +87,24 @@ class RunArguments:
     attn_implementation: Literal["sdpa", "eager", "flex_attention"] = knob("sdpa", "which attention kernels")
 
     def __post_init__(self):
-        for name in ("batch_size", "gradient_accumulation_steps", "max_iters", "eval_interval", "log_interval"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}, but it must be at least 1")
         self.lr_decay_iters = self.max_iters if self.lr_decay_iters is None else self.lr_decay_iters
         self.min_lr = self.learning_rate / 10 if self.min_lr is None else self.min_lr
+        counts = ("batch_size", "gradient_accumulation_steps", "max_iters", "eval_interval", "log_interval")
+        below = {"beta1": 1, "beta2": 1, "seed": 2**32}
+        for name, value in vars(self).items():
+            least, limit = int(name in counts), below.get(name, math.inf)
+            if isinstance(value, int | float) and not least <= value < limit:  # which nan is not, either
+                raise ValueError(f"{name}={value}, but it must be at least {least}, and below {limit}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Functions of their arguments alone. A mistake of the user's is a ValueError, in one line.
 
 
-def read_recipe(path: Path) -> list[str]:
+def read_recipe(path: Path, parser: FlagParser) -> list[str]:
     """A YAML file as flags: each `key: value` becomes --key=value; a null keeps the default."""
     try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except OSError:
         known = ", ".join(sorted(str(recipe.stem) for recipe in RECIPES.glob("*.yaml")))
         raise ValueError(f"recipe {path} cannot be read; hub_configs/ holds {known}") from None
@@ -110,12 +114,15 @@ def read_recipe(path: Path) -> list[str]:
         raise ValueError(f"recipe {path} is not a list of `key: value` lines")
     flags = {}
     for key, value in root.value:
-        if not isinstance(value, yaml.ScalarNode):
-            raise ValueError(f"recipe {path}: {key.value} must be a single value")
+        if not (isinstance(key, yaml.ScalarNode) and isinstance(value, yaml.ScalarNode)):
+            raise ValueError(f"recipe {path}: {key.value} must be a key with a single value")
+        if key.value not in parser.keys:
+            raise ValueError(f"recipe {path}: {parser.explain_unknown(key.value)}")
         if key.value in flags:
             raise ValueError(f"recipe {path}: {key.value} stands there twice")
-        flags[key.value] = value.value
-    return [f"--{key}={value}" for key, value in flags.items() if value not in ("", "~", "null")]
+        flags[key.value] = value
+    null = "tag:yaml.org,2002:null"  # null, ~ or nothing, unless in quotes
+    return [f"--{key}={value.value}" for key, value in flags.items() if value.tag != null]
 
 
 def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, RunArguments]:
@@ -128,7 +135,7 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Run
     named = bool(argv) and not argv[0].startswith("-")
     recipe = Path(argv[0]) if named else RECIPES / "quickstart.yaml"
     try:
-        model_args, data_args, run_args = parser.parse(read_recipe(recipe) + argv[named:])
+        model_args, data_args, run_args = parser.parse(read_recipe(recipe, parser) + argv[named:])
     except ValueError as mistake:
         parser.error(str(mistake))
     data_args.data_dir = data_args.data_dir or f"data/{recipe.stem}"
@@ -137,28 +144,34 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Run
 
 
 def build_config(args: ModelArguments) -> NanoGPTConfig:
-    """The model's shape: from the flags, or the checkpoint's, which no flag but dropout may contradict."""
+    """The model's shape: the flags', or the checkpoint's, which may get another dropout or a smaller block_size."""
     given = {key: value for key, value in dataclasses.asdict(args).items() if key != "init_from" and value is not None}
     try:
         if args.init_from == "scratch":
             return NanoGPTConfig(**given)
-        config = AutoConfig.from_pretrained(args.init_from, trust_remote_code=False)
+        config = read_source(args.init_from, read_config)
+        changes = {"dropout": given.get("dropout", config.dropout)}
+        if given.get("block_size", config.block_size) < config.block_size:
+            changes["block_size"] = given["block_size"]
+        config = NanoGPTConfig(**config.to_dict() | changes)
     except StrictDataclassError as error:
         raise ValueError(str(error.__cause__)) from None
-    except (OSError, ValueError):
-        raise ValueError(f"init_from={args.init_from}: scratch, or a folder with the config.json of a model") from None
-    if not isinstance(config, NanoGPTConfig):
-        raise ValueError(f"init_from={args.init_from} holds a model of type {config.model_type}, not nanogpt")
     for key, value in given.items():
-        if key != "dropout" and getattr(config, key) != value:
-            raise ValueError(
-                f"{key}={value}, but init_from={args.init_from} has {key}={getattr(config, key)}: leave it out"
-            )
-    config.dropout = given.get("dropout", config.dropout)
+        theirs = getattr(config, key)
+        if value != theirs:
+            raise ValueError(f"{key}={value}, but init_from={args.init_from} has {key}={theirs}: leave it out")
     return config
 
 
-def choose_precision(dtype: str, device: torch.device) -> str:
+def read_source(init_from: str, read: Callable):
+    """What one of the functions of sources.py reads; a mistake names the flag."""
+    try:
+        return read(init_from)
+    except ValueError as mistake:
+        raise ValueError(f"init_from={mistake}") from None
+
+
+def choose_precision(dtype: str, attention: str, device: torch.device) -> str:
     """Accelerate's name of the precision; `auto` is what `accelerate launch` asks for, else the device's best."""
     names = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -174,6 +187,8 @@ def choose_precision(dtype: str, device: torch.device) -> str:
         precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     else:
         precision = launched
+    if attention == "flex_attention" and device.type == "cpu":
+        raise ValueError("attn_implementation=flex_attention trains on a GPU only: on a CPU use sdpa or eager")
     if precision == "fp16" and device.type == "cpu":
         raise ValueError("dtype=float16 needs a GPU: on a CPU use --dtype=float32 or --dtype=bfloat16")
     return precision
@@ -245,10 +260,16 @@ def main(argv: list[str]) -> None:
     # is made and before anything is written.
     try:
         config = build_config(model_args)
+        source, model, learned = model_args.init_from, None, None
+        if source != "scratch":
+            weights = crop_positions(read_source(source, read_weights), config.block_size)
+            model = build_model(NanoGPTForCausalLM, config, weights, torch.float32)
+            if not find_ckpt(source):  # nanoGPT's files carry no tokenizer
+                learned = load_tokenizer(source, "init_from")
         check_writable(run_args.out_dir)
         state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
         accelerator = Accelerator(
-            mixed_precision=choose_precision(run_args.dtype, state.device),
+            mixed_precision=choose_precision(run_args.dtype, run_args.attn_implementation, state.device),
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
         )
         started = int(os.environ.get("WORLD_SIZE", 1))
@@ -261,13 +282,11 @@ def main(argv: list[str]) -> None:
                 f"processes: it must be divisible by their number, {accelerator.num_processes}"
             )
         with accelerator.main_process_first():
-            record = prepare(data_args, minimum_tokens=config.block_size + 1)
+            record = prepare(data_args, minimum_tokens=config.block_size + 1, learned=learned)
         tokenizer = load_tokenizer(data_args.data_dir, "data_dir")
-        source = model_args.init_from
-        if source != "scratch" and not same_tokenizer(tokenizer, load_tokenizer(source, "init_from")):
+        if model is not None and len(tokenizer) > config.vocab_size:
             raise ValueError(
-                f"data_dir={data_args.data_dir} has other tokens than init_from={source} learned: prepare another "
-                f"data_dir with --tokenizer={source}"
+                f"{data_args.data_dir} has {len(tokenizer)} tokens, init_from={source} {config.vocab_size}"
             )
     except ValueError as mistake:
         sys.exit(f"train_accelerate.py: error: {mistake}")
@@ -289,14 +308,13 @@ def main(argv: list[str]) -> None:
     # -----------------------------------------------------------------------------------------------------------------
     # Model
     set_seed(run_args.seed)
-    if model_args.init_from == "scratch":
+    if model is None:
         config.vocab_size = -(-len(tokenizer) // 64) * 64  # a multiple of 64 is faster
-        config.bos_token_id = config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
         model = NanoGPTForCausalLM(config)
-        unused = list(range(len(tokenizer), config.vocab_size))  # ids that no text becomes are never generated
-        model.generation_config.suppress_tokens = unused or None
-    else:
-        model = NanoGPTForCausalLM.from_pretrained(model_args.init_from, config=config, dtype=torch.float32)
+    for holder in (model.config, model.generation_config):
+        holder.bos_token_id = holder.eos_token_id = holder.pad_token_id = tokenizer.eos_token_id
+    unused = list(range(len(tokenizer), config.vocab_size))  # ids that no text becomes are never generated
+    model.generation_config.suppress_tokens = unused or None
     model.set_attn_implementation(run_args.attn_implementation)
     model.to(device)
     set_seed(run_args.seed, device_specific=True)  # dropout differs between processes, weights do not

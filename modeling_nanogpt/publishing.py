@@ -25,14 +25,16 @@ def write_report(
     whose last entry holds the validation loss in nats a token.
     """
     val_loss = history[-1]["val_loss"]
+    perplexity = math.exp(val_loss) if val_loss < 700 else math.inf  # beyond, it is no float
     facts = {
         "name": name,
         **{key: getattr(config, key) for key in ("n_layer", "n_head", "n_embd", "block_size")},
         **{key: record[key] for key in ("corpus", "sha256", "tokenizer")},
+        "sample_length": min(100, config.block_size),
         "step": f"{step:,}",
         "tokens_seen": f"{tokens_seen:,}",
         "val_loss": f"{val_loss:.4f}",
-        "perplexity": f"{math.exp(val_loss):.2f}",
+        "perplexity": f"{perplexity:.2f}",
         "bits_per_byte": f"{val_loss / math.log(2) * record['tokens']['val'] / record['bytes']['val']:.4f}",
         "versions": ", ".join(f"{package} {version(package)}" for package in ("torch", "transformers", "accelerate")),
     }
@@ -56,5 +58,6 @@ def plot_losses(path: Path, history: list[dict]) -> None:
     axes.set_xlabel("optimizer steps")
     axes.set_ylabel("loss (nats a token)")
     axes.grid(alpha=0.3)
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     figure.savefig(path)

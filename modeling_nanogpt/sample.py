@@ -10,10 +10,13 @@ import argparse
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
 from transformers.utils import logging
 
 import modeling_nanogpt  # noqa: F401  from here on the auto classes know our models, with no remote code
+
+from .sources import first_line
 
 
 @torch.no_grad()
@@ -59,9 +62,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--top_k", type=int, default=200, help="from so many likeliest tokens; 0: all (default: 200)")
     parser.add_argument("--seed", type=int, default=1337, help="default: 1337")
     args = parser.parse_args()
-    for name, least in (("num_samples", 1), ("max_new_tokens", 1), ("temperature", 0), ("top_k", 0)):
-        if getattr(args, name) < least:
-            parser.error(f"--{name}={getattr(args, name)}, but it must be at least {least}")
+    for name, least in (("num_samples", 1), ("max_new_tokens", 1), ("temperature", 0), ("top_k", 0), ("seed", 0)):
+        if not least <= getattr(args, name) < 2**32:  # nan is not, either
+            parser.error(f"--{name}={getattr(args, name)}, but it must be at least {least}, and below 2**32")
     if args.prompt.startswith("FILE:"):
         path = Path(args.prompt.removeprefix("FILE:"))
         try:
@@ -75,9 +78,12 @@ def parse_arguments() -> argparse.Namespace:
     try:
         args.tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
         args.model = AutoModelForCausalLM.from_pretrained(args.model, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        parser.error(f"{args.model} is not a folder or Hub id with a model and its tokenizer ({reason})")
+    except (OSError, ValueError, SafetensorError) as error:
+        parser.error(f"{args.model} is not a folder or Hub id with a model and its tokenizer ({first_line(error)})")
+    try:
+        args.ids = args.tokenizer(args.prompt, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids
+    except Exception as error:  # the class that the library raises where a vocabulary has no token for a character
+        parser.error(f"--prompt holds what the tokenizer has no token for ({first_line(error)})")
     return args
 
 
@@ -89,8 +95,7 @@ def main() -> None:
     if torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())
     set_seed(args.seed)
-    prompt = tokenizer(args.prompt, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids
-    prompt = prompt.expand(args.num_samples, -1).to(model.device)
+    prompt = args.ids.expand(args.num_samples, -1).to(model.device)
     sampling = {"do_sample": True, "temperature": args.temperature, "top_k": args.top_k}
     if args.temperature == 0:
         sampling = {"do_sample": False}

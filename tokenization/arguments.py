@@ -45,16 +45,21 @@ class FlagParser(HfArgumentParser):
         except ValueError as mistake:
             self.error(str(mistake))
         if unknown:
-            self.error(self._explain_unknown(unknown[0]))
+            flag = unknown[0]
+            if not flag.startswith("--"):
+                self.error(f"unexpected {flag!r}: flags are written --key=value")
+            self.error(self.explain_unknown(flag[2:].split("=")[0]))
         return tuple(parsed)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
-    def _explain_unknown(self, flag: str) -> str:
-        if not flag.startswith("--"):
-            return f"unexpected {flag!r}: flags are written --key=value"
-        key = flag[2:].split("=")[0]
-        known = [field.name for dataclass in self.dataclass_types for field in dataclasses.fields(dataclass)]
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0)
+    @property
+    def keys(self) -> list[str]:
+        """The names of all flags."""
+        return [field.name for dataclass in self.dataclass_types for field in dataclasses.fields(dataclass)]
+
+    def explain_unknown(self, key: str) -> str:
+        """What to say of a key that is not a flag's name."""
+        near = difflib.get_close_matches(key, self.keys, n=1, cutoff=0)
         return f"unknown key {key!r}: did you mean {near[0]!r}? --help lists all of them"

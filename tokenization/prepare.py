@@ -25,8 +25,10 @@ from .encoding import encode
 RECORD = "prepared.json"
 
 
-def prepare(arguments: DataArguments, minimum_tokens: int = 2) -> dict:
+def prepare(arguments: DataArguments, minimum_tokens: int = 2, learned: PreTrainedTokenizerBase | None = None) -> dict:
     """Make the data_dir unless it is there already; returns its record, the contents of prepared.json.
+
+    `learned` is the tokenizer of a model that will go on from there: the data must have its tokens.
 
     It is written aside and renamed, so it is there whole or not at all. Raises ValueError where the corpus or the
     tokenizer cannot be read, where a split has fewer than minimum_tokens, and where data_dir holds something else.
@@ -36,6 +38,7 @@ def prepare(arguments: DataArguments, minimum_tokens: int = 2) -> dict:
     data_dir = Path(arguments.data_dir)
     if (data_dir / RECORD).exists():
         record = read_record(data_dir)
+        check_learned(load_tokenizer(arguments.data_dir, "data_dir"), learned, arguments.data_dir)
         if arguments.corpus is not None:
             check_record(record, arguments, list(read_corpus(arguments.corpus)))
     elif arguments.corpus is None:
@@ -47,7 +50,7 @@ def prepare(arguments: DataArguments, minimum_tokens: int = 2) -> dict:
     elif not data_dir.name:
         raise ValueError(f"data_dir={data_dir} cannot be made anew: give the name of a folder in it")
     else:
-        record = write_data_dir(data_dir, arguments, minimum_tokens)
+        record = write_data_dir(data_dir, arguments, minimum_tokens, learned)
     check_length(record["tokens"], minimum_tokens)
     return record
 
@@ -63,15 +66,21 @@ def read_record(data_dir: Path) -> dict:
     raise ValueError(f"data_dir={data_dir}: its {RECORD} is no record of prepared data: give another --data_dir")
 
 
-def write_data_dir(data_dir: Path, arguments: DataArguments, minimum_tokens: int) -> dict:
+def write_data_dir(
+    data_dir: Path, arguments: DataArguments, minimum_tokens: int, learned: PreTrainedTokenizerBase | None
+) -> dict:
     """Read, tokenize and pack the corpus into a new data_dir; returns its record."""
     staging = data_dir.with_name(data_dir.name + ".partial")
     shutil.rmtree(staging, ignore_errors=True)
+    new_parents = [parent for parent in staging.parents if not parent.exists()]
     try:
         staging.mkdir(parents=True)
         documents = list(read_corpus(arguments.corpus))
         texts = load_corpus(documents)
         tokenizer = make_tokenizer(arguments, texts)
+        check_learned(tokenizer, learned, arguments.data_dir)
+        if len(documents) > 1 and tokenizer.eos_token_id is None:
+            raise ValueError(f"tokenizer={arguments.tokenizer} has no end-of-text token, which separates documents")
         # A single text was cut by position: neither half is a document that ends. Each of several is.
         rows, tokens = {}, {}
         for split in texts:
@@ -98,6 +107,9 @@ def write_data_dir(data_dir: Path, arguments: DataArguments, minimum_tokens: int
         raise ValueError(f"data_dir={data_dir} cannot be written: {error}") from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        for parent in new_parents:
+            if parent.is_dir() and not any(parent.iterdir()):
+                parent.rmdir()
     return record
 
 
@@ -120,8 +132,6 @@ def load_tokenizer(name: str, flag: str = "tokenizer") -> PreTrainedTokenizerBas
         raise ValueError(f"{flag}={name}: {allowed} ({reason})") from None
     if not tokenizer.is_fast:
         raise ValueError(f"{flag}={name} has no tokenizer.json, nor what one can be made from")
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"{flag}={name} has no end-of-text token, which separates documents")
     return tokenizer
 
 
@@ -162,6 +172,15 @@ def check_record(record: dict, arguments: DataArguments, documents: list[str]) -
         raise ValueError(
             f"data_dir={data_dir} was made with vocab_size={record['vocab_size_asked']}, not {arguments.vocab_size}: "
             f"{mend}"
+        )
+
+
+def check_learned(tokenizer: PreTrainedTokenizerBase, learned: PreTrainedTokenizerBase | None, data_dir: str) -> None:
+    """Raise ValueError where a model learned other tokens than those of the data."""
+    if learned is not None and not same_tokenizer(tokenizer, learned):
+        raise ValueError(
+            f"data_dir={data_dir} has other tokens than init_from={learned.name_or_path} learned: prepare another "
+            f"data_dir with --tokenizer={learned.name_or_path}"
         )
 
 
