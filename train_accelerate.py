@@ -114,8 +114,10 @@ def read_recipe(path: Path, parser: FlagParser) -> list[str]:
         raise ValueError(f"recipe {path} is not a list of `key: value` lines")
     flags = {}
     for key, value in root.value:
-        if not (isinstance(key, yaml.ScalarNode) and isinstance(value, yaml.ScalarNode)):
-            raise ValueError(f"recipe {path}: {key.value} must be a key with a single value")
+        if not isinstance(key, yaml.ScalarNode):
+            raise ValueError(f"recipe {path}: line {key.start_mark.line + 1} is no `key: value`")
+        if not isinstance(value, yaml.ScalarNode):
+            raise ValueError(f"recipe {path}: {key.value} must be a single value")
         if key.value not in parser.keys:
             raise ValueError(f"recipe {path}: {parser.explain_unknown(key.value)}")
         if key.value in flags:

@@ -204,11 +204,10 @@ for module in sys.argv[2:]:
 FRESH = (
     WATCH
     + """
-seed = random.getstate()
 sys.addaudithook(hook)
 importlib.import_module(sys.argv[1])
 network = [event for event in touched if event.startswith("socket")]
-print(json.dumps(state() | {"left": os.listdir(), "network": network, "seeded": random.getstate() != seed}))
+print(json.dumps(state() | {"left": os.listdir(), "network": network}))
 """
 )
 UNTOUCHED = {
@@ -222,7 +221,6 @@ UNTOUCHED = {
     "progress bars": True,
     "left": [],
     "network": [],
-    "seeded": False,
 }
 
 
