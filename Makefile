@@ -1,10 +1,11 @@
 # make quickstart    set everything up, train the embedded default, print three samples
 # make test          set everything up, run the tests
+# make conformance   set everything up, run transformers' own model tests on this model (downloads them once)
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test style
+.PHONY: quickstart test conformance style
 
 quickstart: .venv/installed
 	$(BIN)/python train_accelerate.py hub_configs/quickstart.yaml
@@ -13,11 +14,14 @@ quickstart: .venv/installed
 test: .venv/installed
 	$(BIN)/python -m pytest
 
+conformance: .venv/installed
+	$(BIN)/python tests/conformance/suite.py
+
 style: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -c constraints.txt -e ".[test,dev]"
+	$(BIN)/python -m pip install -c constraints.txt -e ".[test,conformance,dev]"
 	touch $@

@@ -258,8 +258,8 @@ def main(argv: list[str]) -> None:
     model_args, data_args, run_args = parse_arguments(argv)
 
     # -----------------------------------------------------------------------------------------------------------------
-    # Process, precision, data: everything that can be wrong with the flags or the text shows here, before any weight
-    # is made and before anything is written.
+    # Process, precision, data: everything that can be wrong with the flags, the checkpoint to go on from or the text
+    # shows here, before anything is trained and before anything is written.
     try:
         config = build_config(model_args)
         source, model, learned = model_args.init_from, None, None
