@@ -270,7 +270,6 @@ class NanoGPTForCausalLM(NanoGPTPreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
-        shift_labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool = False,
@@ -284,6 +283,8 @@ class NanoGPTForCausalLM(NanoGPTPreTrainedModel, GenerationMixin):
         skip_logits returns the loss alone: a training step holds no second copy of (B, T, V).
         logits_to_keep computes only some of the positions, see select_positions.
         """
+        # Not in the signature: Trainer evaluates a loss only where the input has everything that it calls labels there.
+        shift_labels = kwargs.pop("shift_labels", None)
         outputs: BaseModelOutputWithPast = self.transformer(
             input_ids=input_ids,
             attention_mask=attention_mask,
