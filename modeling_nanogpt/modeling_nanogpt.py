@@ -283,7 +283,7 @@ class NanoGPTForCausalLM(NanoGPTPreTrainedModel, GenerationMixin):
         skip_logits returns the loss alone: a training step holds no second copy of (B, T, V).
         logits_to_keep computes only some of the positions, see select_positions.
         """
-        # Not in the signature: Trainer would take it for a label that evaluation needs, and report no eval_loss without.
+        # Not in the signature: Trainer would take it for a label, and evaluate no loss where the input has none of it.
         shift_labels = kwargs.pop("shift_labels", None)
         outputs: BaseModelOutputWithPast = self.transformer(
             input_ids=input_ids,
