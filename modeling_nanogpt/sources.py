@@ -21,7 +21,10 @@ def read_config(source: str) -> NanoGPTConfig:
         if ckpt := find_ckpt(source):
             return config_from_nanogpt(read_ckpt(ckpt)["model_args"])
         config = read_auto_config(source)
-        return config_from_gpt2(config) if isinstance(config, GPT2Config) else config
+        if isinstance(config, GPT2Config):
+            return config_from_gpt2(config)
+        config.use_cache = True  # Trainer saves False, which was for its training: text is generated with a cache
+        return config
     except StrictDataclassError as error:
         raise ValueError(f"{source}: {error.__cause__}") from None
     except KeyError as error:
