@@ -60,6 +60,8 @@ class NanoGPTConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)  # first: it applies the aliases, so that hidden_size reaches n_embd
+        # transformers 5.17 adds llama's "embed_tokens" to a tied model's plan; wte is in the plan already
+        vars(self).pop("base_model_tp_plan", None)
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.n_embd
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 
 import pytest
 import torch
@@ -878,3 +879,12 @@ def test_configuration_made_impossible_later_is_not_saved(tmp_path):
 def test_layer_norm_epsilon_reaches_every_norm():
     norms = [module for module in make_model(layer_norm_epsilon=1e-3).modules() if isinstance(module, nn.LayerNorm)]
     assert [norm.eps for norm in norms] == [1e-3] * 5
+
+
+@pytest.mark.parametrize("plan", ["base_model_tp_plan", "base_model_fsdp_plan"])
+def test_the_parallel_plans_name_modules_that_exist(plan):
+    # a name that matches nothing is a warning at most, and the module is then not sharded
+    model = NanoGPTModel(NanoGPTConfig(vocab_size=32, block_size=8, n_layer=2, n_head=2, n_embd=16))
+    modules = [name for name, _ in model.named_modules()]
+    for pattern in getattr(NanoGPTConfig, plan):
+        assert any(re.fullmatch(pattern.replace(".", r"\.").replace("*", r"\d+"), name) for name in modules), pattern
