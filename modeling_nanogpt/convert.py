@@ -9,8 +9,8 @@ architecture. DESTINATION is a new folder, and --to says what it will hold:
     gpt2      a stock GPT2LMHeadModel, which needs no code of ours: for GGUF, ONNX and serving tools
     ckpt      nanoGPT's ckpt.pt, which its own sample.py and train.py (init_from=resume) take
 
---tokenizer is for a source that carries none, as ckpt.pt: a folder or Hub id (gpt2 is one), or the text file that a
-character-level model was trained on. Weights keep their dtype.
+--tokenizer is for a source that carries none, as ckpt.pt: gpt2, as in nanoGPT's own recipes; a folder or Hub id; or the
+text file that a character-level model was trained on. Weights keep their dtype.
 """
 
 import argparse
@@ -19,9 +19,11 @@ import shutil
 import sys
 from pathlib import Path
 
+import tiktoken
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, GPT2LMHeadModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.utils import logging
 
 from .configuration_nanogpt import NanoGPTConfig
@@ -32,7 +34,9 @@ from .sources import build_model, find_ckpt, first_line, read_config, read_weigh
 
 
 def read_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or Hub id, or of the characters of a text file, numbered as nanoGPT does."""
+    """GPT-2's tokenizer, that of a folder or Hub id, or the characters of a text file, numbered as nanoGPT does."""
+    if name == "gpt2":
+        return gpt2_tokenizer()
     if Path(name).is_file():
         try:
             return character_tokenizer(sorted(set(Path(name).read_bytes().decode("utf-8"))))
@@ -42,6 +46,25 @@ def read_tokenizer(name: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"{name} holds no tokenizer: name one by --tokenizer ({first_line(error)})") from None
+
+
+def gpt2_tokenizer() -> PreTrainedTokenizerFast:
+    """GPT-2's tokenizer, made from what tiktoken knows of it; raises ValueError where it cannot be fetched."""
+    try:
+        encoding = tiktoken.get_encoding("gpt2")
+    except OSError as error:
+        raise ValueError(f"--tokenizer=gpt2: tiktoken cannot fetch its vocabulary ({first_line(error)})") from None
+    end = "<|endoftext|>"
+    converter = TikTokenConverter(pattern=encoding._pat_str, extra_special_tokens=[end])
+    converter.load_tiktoken_bpe = lambda vocab_file: encoding._mergeable_ranks  # there is no file to read them from
+    return PreTrainedTokenizerFast(
+        tokenizer_object=converter.converted(),
+        bos_token=end,
+        eos_token=end,
+        pad_token=end,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def character_tokenizer(characters: list[str]) -> PreTrainedTokenizerFast:

@@ -3,11 +3,13 @@
 import json
 import os
 import pickle
+import random
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import tiktoken
 import torch
 from conftest import TINY, train
 from test_fidelity import exact_gelu, make_model, reference_logits
@@ -275,6 +277,23 @@ def test_characters_of_a_text_file_are_numbered_as_nanogpt_does(tmp_path, monkey
     numbers = {character: i for i, character in enumerate(sorted(set(text)))}
     assert tokenizer(text).input_ids == [numbers[character] for character in text]
     assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+@pytest.mark.skipif("TIKTOKEN_CACHE_DIR" not in os.environ, reason="needs GPT-2's vocabulary in TIKTOKEN_CACHE_DIR")
+def test_the_tokenizer_gpt2_is_tiktokens(tmp_path, monkeypatch):
+    path = write_ckpt(tmp_path / "ckpt.pt", ours(vocab_size=50304))
+    run_convert(monkeypatch, path, tmp_path / "b", "--tokenizer", "gpt2")
+    tokenizer, encoding = AutoTokenizer.from_pretrained(tmp_path / "b"), tiktoken.get_encoding("gpt2")
+    assert len(tokenizer) == 50257 and tokenizer.eos_token_id == encoding.eot_token == 50256
+    draw = random.Random(0)
+    texts = ["Hello world", "  def f(x):\n\treturn x\r\n", Path(__file__).read_text()]
+    texts += [
+        "".join(chr(draw.choice((draw.randrange(32, 127), draw.randrange(0xD800)))) for _ in range(99))
+        for _ in range(500)
+    ]
+    for text in texts:
+        assert tokenizer(text, add_special_tokens=False).input_ids == encoding.encode_ordinary(text)
+        assert tokenizer.decode(encoding.encode_ordinary(text)) == text
 
 
 def test_ids_beyond_the_tokenizer_are_never_generated(tmp_path, monkeypatch, tokenizer):
