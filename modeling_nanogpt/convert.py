@@ -9,8 +9,8 @@ architecture. DESTINATION is a new folder, and --to says what it will hold:
     gpt2      a stock GPT2LMHeadModel, which needs no code of ours: for GGUF, ONNX and serving tools
     ckpt      nanoGPT's ckpt.pt, which its own sample.py and train.py (init_from=resume) take
 
---tokenizer is for a source that carries none, as ckpt.pt: gpt2, as in nanoGPT's own recipes; a folder or Hub id; or the
-text file that a character-level model was trained on. Weights keep their dtype.
+--tokenizer is for a source that carries none, as ckpt.pt: gpt2, if it was trained on GPT-2's tokens; the text file, if
+on its characters; or a folder or Hub id. Weights keep their dtype.
 """
 
 import argparse
