@@ -30,7 +30,7 @@ from modeling_nanogpt import NanoGPTConfig, NanoGPTForCausalLM
 from modeling_nanogpt.checkpointing import check_writable, written_aside
 from modeling_nanogpt.conversion import crop_positions
 from modeling_nanogpt.optimization import adamw, learning_rate_at
-from modeling_nanogpt.publishing import write_report
+from modeling_nanogpt.publishing import Report, draw_samples, find_commit, find_hardware
 from modeling_nanogpt.sources import build_model, find_ckpt, read_config, read_weights
 from modeling_nanogpt.throughput import flops_per_token, peak_flops
 from tokenization.arguments import DataArguments, FlagParser, knob
@@ -344,19 +344,22 @@ def main(argv: list[str]) -> None:
     recipe = {}
     for args in (model_args, data_args, run_args):
         recipe |= {key: value for key, value in dataclasses.asdict(args).items() if value is not None}
+    template, hardware = (RECIPES / "MODEL_CARD.md").read_text(), find_hardware(device, accelerator.num_processes)
+    what = (out_dir.name, config, parameters, record, recipe, step_tokens)
+    report = Report(template, *what, hardware, find_commit())
 
     # -----------------------------------------------------------------------------------------------------------------
     # Saving: out_dir becomes a whole model repository each time
     def save(step: int, history: list[dict]) -> None:
         state_dict = accelerator.get_state_dict(model)  # every process takes part
+        samples = draw_samples(model, tokenizer, config.block_size, device)  # here too
         if not accelerator.is_main_process:
             return
         with written_aside(out_dir) as folder:
             accelerator.unwrap_model(model).save_pretrained(folder, state_dict=state_dict)
             tokenizer.save_pretrained(folder)
             (folder / "run.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
-            template = (RECIPES / "MODEL_CARD.md").read_text()
-            write_report(folder, template, out_dir.name, config, record, history, step, step * step_tokens)
+            report.write(folder, history, step, samples, earlier=out_dir / "README.md")
 
     # -----------------------------------------------------------------------------------------------------------------
     # The loop: one step is one optimizer update
