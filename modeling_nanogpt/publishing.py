@@ -16,9 +16,9 @@ from huggingface_hub import EvalResult, ModelCardData
 from transformers import PreTrainedTokenizerBase
 
 from .configuration_nanogpt import NanoGPTConfig
+from .notes import notes_of, with_notes
 from .throughput import flops_per_token
 
-NOTES = re.compile(r"(?<=<!-- your notes -->\n).*?(?=<!-- end of your notes -->)", re.S)
 METRICS = {
     "loss": "validation loss (nats a token)",
     "perplexity": "validation perplexity",
@@ -118,21 +118,6 @@ def measure(val_loss: float, record: dict) -> dict[str, float]:
         "perplexity": math.exp(val_loss) if val_loss < 700 else math.inf,  # beyond, it is no float
         "bits_per_byte": val_loss / math.log(2) * record["tokens"]["val"] / record["bytes"]["val"],
     }
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A person's own words in the card
-
-
-def notes_of(card: str) -> str:
-    """What stands between the two marks of a card; nothing where one is missing."""
-    found = NOTES.search(card)
-    return found[0] if found else ""
-
-
-def with_notes(card: str, notes: str) -> str:
-    """The card with other notes; its own stay where there are none."""
-    return NOTES.sub(lambda _: notes, card, count=1) if notes.strip() else card
 
 
 # ---------------------------------------------------------------------------------------------------------------------
