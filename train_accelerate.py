@@ -31,6 +31,7 @@ from modeling_nanogpt.checkpointing import check_writable, written_aside
 from modeling_nanogpt.conversion import crop_positions
 from modeling_nanogpt.optimization import adamw, learning_rate_at
 from modeling_nanogpt.publishing import Report, draw_samples, find_commit, find_hardware
+from modeling_nanogpt.pushing import start_pusher
 from modeling_nanogpt.sources import build_model, find_ckpt, read_config, read_weights
 from modeling_nanogpt.throughput import flops_per_token, peak_flops
 from tokenization.arguments import DataArguments, FlagParser, knob
@@ -46,6 +47,7 @@ RECIPES = Path(__file__).parent / "hub_configs"
 @dataclasses.dataclass
 class ModelArguments:
     init_from: str = knob("scratch", "scratch, or what to go on from: a folder, Hub id or nanoGPT's ckpt.pt")
+    revision: str | None = knob(None, "branch, tag or commit of init_from, where that is a Hub id (default: main)")
     block_size: int | None = knob(None, "longest context, tokens (scratch: 1024)")
     n_layer: int | None = knob(None, "blocks (scratch: 12)")
     n_head: int | None = knob(None, "attention heads, a divisor of n_embd (scratch: 12)")
@@ -80,6 +82,13 @@ class RunArguments:
     always_save_checkpoint: bool = knob(True, "save after each evaluation; otherwise only where val loss is the best")
     eval_only: bool = knob(False, "evaluate and stop; nothing is saved")
     prepare_only: bool = knob(False, "stop once data_dir is there")
+    # the Hub
+    push_to_hub: bool = knob(False, "push out_dir to the Hub; the token is that of `hf auth login`, or HF_TOKEN")
+    hub_model_id: str | None = knob(None, "the repository, as user/name or name (default: out_dir's name)")
+    hub_private_repo: bool = knob(True, "nobody else sees the repository")
+    hub_strategy: Literal["end", "every_save", "checkpoint"] = knob(
+        "every_save", "when to push; checkpoint: at every save, and what a resume needs as well"
+    )
     # system
     seed: int = knob(1337, "of the weights, the windows and dropout")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob("auto", "of the arithmetic; weights are float32")
@@ -147,11 +156,12 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Run
 
 def build_config(args: ModelArguments) -> NanoGPTConfig:
     """The model's shape: the flags', or the checkpoint's, which may get another dropout or a smaller block_size."""
-    given = {key: value for key, value in dataclasses.asdict(args).items() if key != "init_from" and value is not None}
+    source = ("init_from", "revision")
+    given = {key: value for key, value in vars(args).items() if key not in source and value is not None}
     try:
         if args.init_from == "scratch":
             return NanoGPTConfig(**given)
-        config = read_source(args.init_from, read_config)
+        config = read_source(args, read_config)
         changes = {"dropout": given.get("dropout", config.dropout)}
         if given.get("block_size", config.block_size) < config.block_size:
             changes["block_size"] = given["block_size"]
@@ -165,10 +175,10 @@ def build_config(args: ModelArguments) -> NanoGPTConfig:
     return config
 
 
-def read_source(init_from: str, read: Callable):
+def read_source(args: ModelArguments, read: Callable):
     """What one of the functions of sources.py reads; a mistake names the flag."""
     try:
-        return read(init_from)
+        return read(args.init_from, args.revision)
     except ValueError as mistake:
         raise ValueError(f"init_from={mistake}") from None
 
@@ -264,10 +274,10 @@ def main(argv: list[str]) -> None:
         config = build_config(model_args)
         source, model, learned = model_args.init_from, None, None
         if source != "scratch":
-            weights = crop_positions(read_source(source, read_weights), config.block_size)
+            weights = crop_positions(read_source(model_args, read_weights), config.block_size)
             model = build_model(NanoGPTForCausalLM, config, weights, torch.float32)
             if not find_ckpt(source):  # nanoGPT's files carry no tokenizer
-                learned = load_tokenizer(source, "init_from")
+                learned = load_tokenizer(source, "init_from", model_args.revision)
         check_writable(run_args.out_dir)
         state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
         accelerator = Accelerator(
@@ -290,6 +300,11 @@ def main(argv: list[str]) -> None:
             raise ValueError(
                 f"{data_args.data_dir} has {len(tokenizer)} tokens, init_from={source} {config.vocab_size}"
             )
+        out_dir, pusher = Path(run_args.out_dir), None
+        if run_args.push_to_hub and not (run_args.prepare_only or run_args.eval_only):
+            where = (run_args.hub_model_id or out_dir.absolute().name, out_dir)
+            how = (run_args.hub_private_repo, run_args.hub_strategy)
+            pusher = start_pusher(accelerator.is_main_process, *where, *how)
     except ValueError as mistake:
         sys.exit(f"train_accelerate.py: error: {mistake}")
     if run_args.prepare_only:
@@ -303,7 +318,6 @@ def main(argv: list[str]) -> None:
         torch.set_float32_matmul_precision("high")  # TF32 where the arithmetic is float32
     disable_progress_bar()  # of saving: the bar here is the loop's
 
-    out_dir = Path(run_args.out_dir)
     tokenizer.model_max_length = config.block_size
     train, val = open_stream(data_args.data_dir, "train"), open_stream(data_args.data_dir, "val")
 
@@ -345,7 +359,7 @@ def main(argv: list[str]) -> None:
     for args in (model_args, data_args, run_args):
         recipe |= {key: value for key, value in dataclasses.asdict(args).items() if value is not None}
     template, hardware = (RECIPES / "MODEL_CARD.md").read_text(), find_hardware(device, accelerator.num_processes)
-    what = (out_dir.name, config, parameters, record, recipe, step_tokens)
+    what = (pusher.model_id if pusher else out_dir.name, config, parameters, record, recipe, step_tokens)
     report = Report(template, *what, hardware, find_commit())
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -360,6 +374,8 @@ def main(argv: list[str]) -> None:
             tokenizer.save_pretrained(folder)
             (folder / "run.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
             report.write(folder, history, step, samples, earlier=out_dir / "README.md")
+        if pusher:
+            pusher.saved(f"step {step}: val loss {history[-1]['val_loss']:.4f}")
 
     # -----------------------------------------------------------------------------------------------------------------
     # The loop: one step is one optimizer update
@@ -430,6 +446,8 @@ def main(argv: list[str]) -> None:
     # while a thread of its own still needs it to free the last gathered tensor.
     accelerator.wait_for_everyone()
     accelerator.end_training()
+    if pusher:
+        pusher.finish()  # last, as it may take longer than the processes would wait for each other
 
 
 if __name__ == "__main__":

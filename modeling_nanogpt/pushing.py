@@ -101,8 +101,8 @@ class Pusher:
 
     def start(self) -> None:
         """Have a copy of out_dir pushed as soon as the upload on its way is through."""
-        if self.next:
-            self.next.cancel()  # an older save, if it still waits
+        if self.next and self.next.cancel():  # an older save, which still waited
+            shutil.rmtree(self.out_dir / ".pushing" / str(self.copies))
         try:
             self.next = self.worker.submit(self.push, self.copy(), self.unpushed)
         except OSError as error:  # no room for the copy
@@ -163,6 +163,21 @@ class Pusher:
 
     def warn(self, what: str) -> None:
         tqdm.write(f"warning: {what}", file=sys.stderr)
+
+
+def start_pusher(is_main: bool, *args) -> Pusher | None:
+    """The Pusher of these arguments on the main process, None on the others; all raise what the Hub refuses it."""
+    from accelerate.utils import broadcast_object_list  # which imports torch, and pushing needs none
+
+    pusher, mistakes = None, [None]
+    try:
+        pusher = Pusher(*args) if is_main else None
+    except ValueError as mistake:
+        mistakes = [str(mistake)]
+    broadcast_object_list(mistakes)
+    if mistakes[0]:
+        raise ValueError(mistakes[0])
+    return pusher
 
 
 def keep_notes(card: Path, theirs: Path) -> None:

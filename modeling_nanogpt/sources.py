@@ -15,12 +15,17 @@ from .configuration_nanogpt import NanoGPTConfig
 from .conversion import StateDict, config_from_gpt2, config_from_nanogpt, weights_from_gpt2, weights_from_nanogpt
 
 
-def read_config(source: str) -> NanoGPTConfig:
-    """The configuration of what a source holds; raises ValueError where that is none of the models we know."""
+def read_config(source: str, revision: str | None = None) -> NanoGPTConfig:
+    """The configuration of what a source holds; raises ValueError where that is none of the models we know.
+
+    `revision` is the branch, tag or commit of a Hub id.
+    """
+    if revision and Path(source).exists():
+        raise ValueError(f"{source} is on this machine, but revision={revision} is for a Hub id: leave it out")
     try:
         if ckpt := find_ckpt(source):
             return config_from_nanogpt(read_ckpt(ckpt)["model_args"])
-        config = read_auto_config(source)
+        config = read_auto_config(source, revision)
         if isinstance(config, GPT2Config):
             return config_from_gpt2(config)
         config.use_cache = True  # Trainer saves False, which was for its training: text is generated with a cache
@@ -31,13 +36,13 @@ def read_config(source: str) -> NanoGPTConfig:
         raise ValueError(f"{source}: its model_args have no {error}") from None
 
 
-def read_weights(source: str) -> StateDict:
+def read_weights(source: str, revision: str | None = None) -> StateDict:
     """The weights of what a source holds, under our names and in their own dtype; raises ValueError without any."""
     if ckpt := find_ckpt(source):
         return weights_from_nanogpt(read_ckpt(ckpt)["model"])
-    config = read_auto_config(source)
+    config = read_auto_config(source, revision)
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, dtype="auto")
+        model = AutoModelForCausalLM.from_pretrained(source, revision=revision, trust_remote_code=False, dtype="auto")
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{source} holds no weights that can be read ({first_line(error)})") from None
     return weights_from_gpt2(model.state_dict()) if isinstance(config, GPT2Config) else model.state_dict()
@@ -66,10 +71,10 @@ def read_ckpt(path: Path) -> dict:
     return checkpoint
 
 
-def read_auto_config(source: str) -> NanoGPTConfig | GPT2Config:
+def read_auto_config(source: str, revision: str | None) -> NanoGPTConfig | GPT2Config:
     """The config.json of a folder or Hub id, of the two architectures that we know."""
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"{source} holds no model ({first_line(error)})") from None
     if not isinstance(config, NanoGPTConfig | GPT2Config):

@@ -122,10 +122,10 @@ def make_tokenizer(arguments: DataArguments, texts: DatasetDict) -> PreTrainedTo
     return load_tokenizer(arguments.tokenizer)
 
 
-def load_tokenizer(name: str, flag: str = "tokenizer") -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, flag: str = "tokenizer", revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of the folder or Hub id that a flag names; raises ValueError where there is none."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         allowed = "char, bpe, or a folder or Hub id with a tokenizer" if flag == "tokenizer" else "it has no tokenizer"
