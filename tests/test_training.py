@@ -35,6 +35,7 @@ def test_out_dir_is_a_whole_model_repository(run):
         "loss.png",
         "run.yaml",
         "history.jsonl",
+        "checkpoints",
     }
 
 
