@@ -78,11 +78,10 @@ def choose_precision(dtype: str, attention: str, device: torch.device) -> str:
 def describe(accelerator: Accelerator) -> str:
     """How many processes run, on what, and how they train together: the first thing that a log should say."""
     count, device = accelerator.num_processes, accelerator.device
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{device.type}, {torch.get_num_threads()} threads"
-    )
+    threads = torch.get_num_threads()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    if device.type == "cpu":
+        name += f", {threads} thread{'s' * (threads > 1)}{' each' * (count > 1)}"
     machines = int(os.environ.get("GROUP_WORLD_SIZE", 1))  # torchrun's word for them
     arithmetic = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}[accelerator.mixed_precision]
     where = f" on {machines} machines" if machines > 1 else ""
