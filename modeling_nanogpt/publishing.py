@@ -2,7 +2,6 @@
 
 import json
 import math
-import platform
 import re
 import subprocess
 from dataclasses import dataclass
@@ -37,11 +36,11 @@ class Report:
     record: dict  # the data_dir's: what the text was
     recipe: dict  # every flag of the run
     step_tokens: int  # tokens in an optimizer step
-    hardware: str
+    hardware: str  # processes, devices and arithmetic
     commit: str | None  # of this project's checkout
 
     def write(self, folder: Path, history: list[dict], step: int, samples: list[str], earlier: Path) -> None:
-        """Write README.md, loss.png and history.jsonl into the folder of a model that was just saved.
+        """Write README.md, loss.png, history.jsonl and run.yaml into the folder of a model that was just saved.
 
         `history` is the log up to optimizer step `step`; its last entry holds the validation loss in nats a token.
         The notes of the `earlier` card, where there is one, are kept.
@@ -51,6 +50,7 @@ class Report:
             card = with_notes(card, notes_of(earlier.read_text(encoding="utf-8")))
         (folder / "README.md").write_text(card, encoding="utf-8")
         (folder / "history.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in history))
+        (folder / "run.yaml").write_text(yaml.safe_dump(self.recipe, sort_keys=False, allow_unicode=True))
         plot_losses(folder / "loss.png", history, self.step_tokens)
 
     def card(self, history: list[dict], step: int, samples: list[str]) -> str:
@@ -140,19 +140,6 @@ def show_seconds(seconds: float) -> str:
     if minutes < 2:
         return f"{seconds:.3g} s"
     return f"{minutes} min" if minutes < 120 else f"{hours} h"
-
-
-def find_hardware(device: torch.device, processes: int) -> str:
-    """What the run computes on, as in `2 x NVIDIA H100`, or `4 threads of AMD EPYC`."""
-    if device.type == "cuda":
-        return f"{processes} x {torch.cuda.get_device_name(device)}"
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        name = next(iter(re.findall(r"model name\s*: (.*)", cpuinfo.read_text())), name)
-    if device.type == "mps":
-        return f"the GPU of {name}"
-    return f"{processes * torch.get_num_threads()} thread(s) of {name}"
 
 
 def find_commit() -> str | None:

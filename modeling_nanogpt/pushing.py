@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token, logging
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token, logging, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 from tqdm import tqdm
@@ -84,8 +84,13 @@ class Pusher:
         if self.strategy != "end":
             self.start()
 
-    def finish(self) -> None:
-        """Wait until the Hub has the newest save; where it will not have it, print the command that brings it."""
+    def finish(self, message: str | None = None) -> None:
+        """Wait until the Hub has the newest save; where it will not have it, print the command that brings it.
+
+        With a `message`, out_dir has changed since the last save, as a run that was stopped has left a checkpoint.
+        """
+        if message:
+            self.saved(message)
         if self.next:
             wait([self.next])
         if self.unpushed:
@@ -165,19 +170,51 @@ class Pusher:
         tqdm.write(f"warning: {what}", file=sys.stderr)
 
 
-def start_pusher(is_main: bool, *args) -> Pusher | None:
-    """The Pusher of these arguments on the main process, None on the others; all raise what the Hub refuses it."""
+def start_pusher(is_main: bool, out_dir: Path, model_id: str | None, private: bool, strategy: str) -> Pusher | None:
+    """The Pusher of the main process, None of the others; all raise ValueError what the Hub refuses it.
+
+    Without a model_id, out_dir's name is that of the repository.
+    """
     from accelerate.utils import broadcast_object_list  # which imports torch, and pushing needs none
 
     pusher, mistakes = None, [None]
     try:
-        pusher = Pusher(*args) if is_main else None
+        if is_main:
+            pusher = Pusher(model_id or out_dir.absolute().name, out_dir, private, strategy)
     except ValueError as mistake:
         mistakes = [str(mistake)]
     broadcast_object_list(mistakes)
     if mistakes[0]:
         raise ValueError(mistakes[0])
     return pusher
+
+
+def fetch_run(init_from: str, model_id: str | None, out_dir: Path) -> None:
+    """Where init_from is `resume`, bring a run pushed with strategy `checkpoint` into an out_dir without checkpoints.
+
+    Files of out_dir stay as they are. Raises ValueError where there is no such run, or it cannot be fetched.
+    """
+    if init_from != "resume" or not model_id or any(out_dir.glob(f"{CHECKPOINTS}/step-*")):
+        return
+    flag = f"init_from=resume, hub_model_id={model_id}"
+    try:
+        name = model_id if "/" in model_id else f"{HfApi().whoami()['name']}/{model_id}"
+        fetched = Path(snapshot_download(name))
+    except Exception as error:  # of the client or the connection
+        raise ValueError(f"{flag}: it cannot be fetched ({explain(error)})") from None
+    checkpoints = sorted(fetched.glob(f"{LAST}/step-*"))
+    if not checkpoints:
+        raise ValueError(f"{flag} holds no {LAST}/: it was not pushed with --hub_strategy=checkpoint")
+    for path in sorted(fetched.rglob("*")):
+        name = path.relative_to(fetched)
+        if path.is_file() and name.parts[0] != LAST and name.parts[0][0] != "." and not (out_dir / name).exists():
+            (out_dir / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, out_dir / name)
+    newest = out_dir / CHECKPOINTS / checkpoints[-1].name
+    aside = newest.with_name(f".{newest.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    shutil.copytree(checkpoints[-1], aside)  # of links into the cache it takes the files
+    aside.rename(newest)
 
 
 def keep_notes(card: Path, theirs: Path) -> None:
