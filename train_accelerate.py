@@ -228,7 +228,7 @@ def main(argv: list[str]) -> None:
             config = NanoGPTConfig(**run["config"])
             check_given(config, model_args.shape(), source)
             checkpoints.check_same_run(resumed, run, recipe, SHAPING)
-            recipe["init_from"] = run["recipe"]["init_from"]  # run.yaml repeats the whole run
+            recipe |= {key: run["recipe"].get(key) for key in ("init_from", "revision")}  # run.yaml repeats all of it
         else:
             config = choose_config(source, model_args.shape(), revision)
             if source != "scratch":

@@ -191,6 +191,13 @@ def test_what_failed_last_is_tried_once_more_at_the_end(hub, tmp_path):
     assert len(warned) == 1 and step_of(hub.model("alice/run")) == 1
 
 
+def test_a_save_that_arrives_does_not_make_up_for_a_later_one_that_failed(hub, tmp_path):
+    hub.delay("POST .*/commit/", 0.5)
+    hub.fail("POST .*/commit/", 500)
+    _, warned = pushed(hub, tmp_path, 'run = Run("alice/run")\nrun.save(1)\nrun.save(2)\nrun.pusher.finish()')
+    assert len(warned) == 1 and hub.model("alice/run").titles == ["initial commit", "step 1", "step 2"]
+
+
 def test_a_repository_that_was_removed_is_made_anew(hub, tmp_path):
     pushed(
         hub,
