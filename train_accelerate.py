@@ -424,7 +424,8 @@ def run(argv: list[str]) -> None:
         if not should_reduce_batch_size(error):
             raise
         args = parse_arguments(argv)[2]
-        sys.exit(f"train_accelerate.py: error: {explain_out_of_memory(**vars(args))}")
+        size = (args.batch_size, args.gradient_accumulation_steps, args.gradient_checkpointing)
+        sys.exit(f"train_accelerate.py: error: {explain_out_of_memory(*size)}")
 
 
 if __name__ == "__main__":

@@ -38,13 +38,18 @@ def find_start(init_from: str, shape: dict, out_dir: Path, recipe: dict, shaping
         config = NanoGPTConfig(**run["config"])
         check_given(config, shape, init_from)
         check_same_run(folder, run, recipe, shaping)
-        superseded = [later for later in list_checkpoints(out_dir) if later.name > folder.name]
-        return Start(config, state=state, resumed=folder, run=run, superseded=superseded)
-    config = choose_config(init_from, shape)
-    model = None if init_from == "scratch" else load_model(init_from, config)
-    if not (recipe["eval_only"] or recipe["prepare_only"]):  # which overwrite nothing
-        check_unfinished(out_dir)
-    return Start(config, model, superseded=list_checkpoints(out_dir))
+        start = Start(config, state=state, resumed=folder, run=run)
+    else:
+        config = choose_config(init_from, shape)
+        start = Start(config, None if init_from == "scratch" else load_model(init_from, config))
+    here = list_checkpoints(out_dir)
+    if folder in here:
+        start.superseded = here[here.index(folder) + 1 :]
+    else:
+        start.superseded = here
+        if not (recipe["eval_only"] or recipe["prepare_only"]):  # which overwrite nothing
+            check_unfinished(out_dir)
+    return start
 
 
 def find_resumed(init_from: str, out_dir: Path) -> Path | None:
