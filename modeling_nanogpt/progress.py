@@ -1,5 +1,6 @@
 """What a person sees of a run while it runs: a bar, and lines above it."""
 
+import math
 import sys
 
 from accelerate import Accelerator
@@ -23,8 +24,11 @@ class Progress:
 
     def show(self, entry: dict) -> None:
         """Put an entry of the history beside the bar; it shows when the bar is drawn next."""
-        loss = "none finite" if entry["loss"] is None else f"{entry['loss']:.4f}"
-        parts = [f"loss {loss}", f"lr {entry['lr']:.2e}", f"{entry['tokens_per_second']:,.0f} tok/s"]
+        parts = [
+            f"loss {entry.get('loss', math.nan):.4f}",
+            f"lr {entry['lr']:.2e}",
+            f"{entry['tokens_per_second']:,.0f} tok/s",
+        ]
         parts += [f"mfu {entry['mfu']:.1%}"] if "mfu" in entry else []
         parts += [f"{entry['skipped']} skipped"] if "skipped" in entry else []
         parts += [f"scale {entry['loss_scale']:g}"] if "loss_scale" in entry else []
