@@ -381,9 +381,9 @@ def main(argv: list[str]) -> None:
             for index, micro_batches in seen.look(state):
                 offsets = training_offsets(run_args.seed, index, windows, len(train), config.block_size)
                 bar.say(name_skipped(index, micro_batches, offsets.reshape(-1, processes, run_args.batch_size)))
-            if state.nonfinite >= run_args.max_nonfinite_steps:
+            if seen.most_in_a_row >= run_args.max_nonfinite_steps:
                 last = checkpoints.newest_complete(out_dir)
-                bar.say(f"stopped after {state.nonfinite} such steps in a row; the last good checkpoint is {last}")
+                bar.say(f"stopped after {seen.most_in_a_row} such steps in a row; the last good checkpoint is {last}")
                 sys.exit(1)
         if logging:
             rate = (state.step - logged_step) / (time.perf_counter() - logged_at)  # steps a second
