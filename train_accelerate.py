@@ -34,8 +34,10 @@ from modeling_nanogpt.publishing import write_report
 from modeling_nanogpt.sources import build_model, find_ckpt, read_config, read_weights
 from modeling_nanogpt.throughput import flops_per_token, peak_flops
 from tokenization.arguments import DataArguments, FlagParser, knob
-from tokenization.prepare import load_tokenizer, prepare
-from tokenization.windows import TokenStream, evaluation_offsets, open_stream, training_offsets
+from tokenization.loading import load_tokenizer
+from tokenization.prepare import prepare
+from tokenization.sharing import find_data_dir
+from tokenization.windows import TokenStream, evaluation_windows, open_stream, training_windows
 
 RECIPES = Path(__file__).parent / "hub_configs"
 
@@ -204,18 +206,24 @@ def to_device(windows: np.ndarray, device: torch.device) -> tuple[torch.Tensor, 
     """Windows (B, T + 1) as inputs (B, T) and targets (B, T); on CUDA the copy overlaps what the GPU is doing."""
     ids = torch.from_numpy(windows)
     ids = ids.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else ids.to(device)
-    return ids[:, :-1], ids[:, 1:].contiguous()
+    return ids[:, :-1].clamp(min=0), ids[:, 1:].contiguous()  # where there is no target, any input will do
 
 
 def training_batches(
-    stream: TokenStream, args: RunArguments, block_size: int, accelerator: Accelerator, step: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Micro-batches for ever, from optimizer step `step` on; the processes share out the windows of each step."""
+    stream: TokenStream, args: RunArguments, kind: str, block_size: int, accelerator: Accelerator, step: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Micro-batches for ever, from optimizer step `step` on; the processes share out the windows of each step.
+
+    With inputs and targets comes what to divide the sum of losses by, so that every target of the step counts the
+    same: the mean number of targets in its micro-batches, over all processes.
+    """
     count = args.gradient_accumulation_steps * args.batch_size
     while True:
-        offsets = training_offsets(args.seed, step, count, len(stream), block_size)
-        for mine in offsets.reshape(-1, accelerator.num_processes, args.batch_size)[:, accelerator.process_index]:
-            yield to_device(stream.windows(mine, block_size + 1), accelerator.device)
+        drawn = training_windows(kind, args.seed, step, count, len(stream), block_size)
+        items = torch.tensor(drawn[1].sum() / args.gradient_accumulation_steps, dtype=torch.float32)
+        shared = (part.reshape(-1, accelerator.num_processes, args.batch_size) for part in drawn)
+        for mine in zip(*(part[:, accelerator.process_index] for part in shared), strict=True):
+            yield *to_device(stream.windows(*mine, block_size), accelerator.device), items.to(accelerator.device)
         step += 1
 
 
@@ -229,18 +237,18 @@ def evaluate(
     accelerator: Accelerator,
 ) -> float:
     """Mean loss in nats a token over fixed windows: the same for any batch size and any number of processes."""
-    offsets = evaluation_offsets(len(stream), block_size, tokens)
-    targets_in_all = np.minimum(block_size, len(stream) - 1 - offsets).sum()
-    # Every process runs as many full batches: windows that start at the end of the stream have no target.
-    filling = -len(offsets) % (batch_size * accelerator.num_processes)
-    offsets = np.append(offsets, np.full(filling, len(stream)))
+    windows = evaluation_windows(len(stream), block_size, tokens)
+    # Every process runs as many full batches: those that fill them up have no target.
+    filling = -len(windows[0]) % (batch_size * accelerator.num_processes)
+    padded = (np.append(part, np.zeros(filling, dtype=np.int64)) for part in windows)
+    shared = (part.reshape(-1, accelerator.num_processes, batch_size)[:, accelerator.process_index] for part in padded)
     model.eval()
     sums = []
-    for mine in offsets.reshape(-1, accelerator.num_processes, batch_size)[:, accelerator.process_index]:
-        inputs, targets = to_device(stream.windows(mine, block_size + 1), accelerator.device)
+    for mine in zip(*shared, strict=True):
+        inputs, targets = to_device(stream.windows(*mine, block_size), accelerator.device)
         # num_items_in_batch=1 turns the mean into the sum
         loss = model(
-            input_ids=inputs.clamp(min=0),
+            input_ids=inputs,
             shift_labels=targets,
             skip_logits=True,
             use_cache=False,
@@ -248,7 +256,7 @@ def evaluate(
         ).loss
         sums.append(loss)
     model.train()
-    return accelerator.gather(torch.stack(sums)).cpu().double().sum().item() / targets_in_all
+    return accelerator.gather(torch.stack(sums)).cpu().double().sum().item() / windows[1].sum()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -285,7 +293,8 @@ def main(argv: list[str]) -> None:
             )
         with accelerator.main_process_first():
             record = prepare(data_args, minimum_tokens=config.block_size + 1, learned=learned)
-        tokenizer = load_tokenizer(data_args.data_dir, "data_dir")
+        data_dir = find_data_dir(data_args.data_dir, data_args.corpus)
+        tokenizer = load_tokenizer(str(data_dir), "data_dir")
         if model is not None and len(tokenizer) > config.vocab_size:
             raise ValueError(
                 f"{data_args.data_dir} has {len(tokenizer)} tokens, init_from={source} {config.vocab_size}"
@@ -305,7 +314,7 @@ def main(argv: list[str]) -> None:
 
     out_dir = Path(run_args.out_dir)
     tokenizer.model_max_length = config.block_size
-    train, val = open_stream(data_args.data_dir, "train"), open_stream(data_args.data_dir, "val")
+    train, val = open_stream(data_dir, "train"), open_stream(data_dir, "val")
 
     # -----------------------------------------------------------------------------------------------------------------
     # Model
@@ -360,8 +369,8 @@ def main(argv: list[str]) -> None:
 
     # -----------------------------------------------------------------------------------------------------------------
     # The loop: one step is one optimizer update
-    batches = training_batches(train, run_args, config.block_size, accelerator, step=0)
-    inputs, targets = next(batches)
+    batches = training_batches(train, run_args, data_args.windows, config.block_size, accelerator, step=0)
+    inputs, targets, items = next(batches)
     best_val_loss = math.inf
     history = []
     loss_sum, logged_step, logged_at = torch.zeros((), device=device), 0, time.perf_counter()
@@ -392,11 +401,17 @@ def main(argv: list[str]) -> None:
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        # forward, backward, update; every micro-batch has as many targets, so the mean of their means is the mean
+        # forward, backward, update
         for _ in range(micro_steps):
             with accelerator.accumulate(model):
-                loss = model(input_ids=inputs, shift_labels=targets, skip_logits=True, use_cache=False).loss
-                inputs, targets = next(batches)  # fetched while the device is busy with the forward pass
+                loss = model(
+                    input_ids=inputs,
+                    shift_labels=targets,
+                    skip_logits=True,
+                    use_cache=False,
+                    num_items_in_batch=items,
+                ).loss
+                inputs, targets, items = next(batches)  # fetched while the device is busy with the forward pass
                 accelerator.backward(loss)  # divides by micro_steps, and scales in fp16
                 loss_sum += loss.detach()
                 if accelerator.sync_gradients:
