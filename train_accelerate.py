@@ -12,34 +12,40 @@ import dataclasses
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed, tqdm
+from accelerate.utils import set_seed
 from accelerate.utils.memory import should_reduce_batch_size
 from transformers.utils.logging import disable_progress_bar
 
-from modeling_nanogpt import NanoGPTConfig, NanoGPTForCausalLM
+from modeling_nanogpt import NanoGPTForCausalLM
 from modeling_nanogpt import checkpointing as checkpoints
 from modeling_nanogpt.fitting import check_shares, explain_out_of_memory, largest_batch_size
 from modeling_nanogpt.launching import describe, start_accelerator
 from modeling_nanogpt.optimization import adamw, learning_rate_at
+from modeling_nanogpt.progress import Progress
 from modeling_nanogpt.publishing import Report, draw_samples, find_commit
-from modeling_nanogpt.pushing import fetch_run, start_pusher
+from modeling_nanogpt.pushing import start_pusher
 from modeling_nanogpt.recording import StepRecord, name_skipped
 from modeling_nanogpt.signals import Signals
-from modeling_nanogpt.sources import check_given, choose_config, find_ckpt, know_tokens, load_model
+from modeling_nanogpt.sources import find_ckpt, know_tokens
+from modeling_nanogpt.starting import find_start
 from modeling_nanogpt.throughput import flops_per_token, peak_flops
 from modeling_nanogpt.tracking import Trackers, choose_trackers
 from tokenization.arguments import DataArguments, FlagParser, knob
-from tokenization.prepare import load_tokenizer, prepare
-from tokenization.windows import TokenStream, evaluation_offsets, open_stream, training_offsets
+from tokenization.loading import load_tokenizer
+from tokenization.prepare import prepare
+from tokenization.sharing import find_data_dir
+from tokenization.windows import TokenStream, evaluation_windows, open_stream, training_windows
 
 RECIPES = Path(__file__).parent / "hub_configs"
+LOSS_ONLY = {"skip_logits": True, "use_cache": False}  # what the model need not return in training
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Knobs. What text to train on is in tokenization/arguments.py.
@@ -86,10 +92,14 @@ class RunArguments:
     eval_tokens: int = knob(0, "tokens evaluated of each split; 0: all of val, and as many of train")
     log_interval: int = knob(10, "optimizer steps between entries in the log")
     always_save_checkpoint: bool = knob(True, "save after each evaluation; otherwise only where val loss is the best")
-    save_interval: int | None = knob(None, "optimizer steps between checkpoints (default: eval_interval)")
+    save_interval: int | None = knob(
+        None, "optimizer steps between checkpoints, for resuming (default: eval_interval)"
+    )
     keep_checkpoints: int = knob(2, "checkpoints that are kept, the newest")
     max_nonfinite_steps: int = knob(20, "stop after as many steps in a row whose loss or gradient is not finite")
-    report_to: str = knob("none", "trackers, separated by commas: tensorboard, trackio or another of Accelerate's")
+    report_to: str = knob(
+        "none", "trackers, separated by commas: tensorboard, trackio, wandb or any other of Accelerate's"
+    )
     eval_only: bool = knob(False, "evaluate and stop; nothing is saved")
     prepare_only: bool = knob(False, "stop once data_dir is there")
     # the Hub
@@ -100,7 +110,9 @@ class RunArguments:
     # system
     seed: int = knob(1337, "of the weights, the windows and dropout")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob("auto", "of the arithmetic; weights are float32")
-    gradient_checkpointing: bool = knob(False, "compute activations twice instead of keeping them: less memory")
+    gradient_checkpointing: bool = knob(
+        False, "compute activations twice instead of keeping them: less memory, slower"
+    )
     auto_batch_size: bool = knob(False, "find the largest micro-batch that fits the GPU; a step stays the same")
     compile: bool = knob(False, "torch.compile the model: slow to start, then faster")
     attn_implementation: Literal["sdpa", "eager", "flex_attention"] = knob("sdpa", "which attention kernels")
@@ -120,7 +132,7 @@ class RunArguments:
 
 # Flags that shape what is learned, the model's and the data's aside: a resumed run must have the same.
 SHAPING = ("learning_rate", "weight_decay", "beta1", "beta2", "grad_clip", "seed")
-SHAPING += ("decay_lr", "warmup_iters", "lr_decay_iters", "min_lr")
+SHAPING += ("decay_lr", "warmup_iters", "lr_decay_iters", "min_lr", "windows")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Functions of their arguments alone. A mistake of the user's is a ValueError, in one line.
@@ -152,18 +164,23 @@ def to_device(windows: np.ndarray, device: torch.device) -> tuple[torch.Tensor, 
     """Windows (B, T + 1) as inputs (B, T) and targets (B, T); on CUDA the copy overlaps what the GPU is doing."""
     ids = torch.from_numpy(windows)
     ids = ids.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else ids.to(device)
-    return ids[:, :-1], ids[:, 1:].contiguous()
+    return ids[:, :-1].clamp(min=0), ids[:, 1:].contiguous()  # where there is no target, any input will do
 
 
 def training_batches(
-    stream: TokenStream, args: RunArguments, block_size: int, accelerator: Accelerator, step: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Micro-batches for ever, from optimizer step `step` on; the processes share out the windows of each step."""
-    count = args.gradient_accumulation_steps * args.batch_size
+    stream: TokenStream, draw: Callable, step: int, batch_size: int, block_size: int, accelerator: Accelerator
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, float]]:
+    """Micro-batches for ever, from optimizer step `step` on; the processes share out the windows of draw(step).
+
+    With inputs and targets comes what the sum of their losses is divided by, so that every target of a step counts the
+    same: the mean number of targets in its micro-batches, over all processes.
+    """
     while True:
-        offsets = training_offsets(args.seed, step, count, len(stream), block_size)
-        for mine in offsets.reshape(-1, accelerator.num_processes, args.batch_size)[:, accelerator.process_index]:
-            yield to_device(stream.windows(mine, block_size + 1), accelerator.device)
+        offsets, targets = (part.reshape(-1, accelerator.num_processes, batch_size) for part in draw(step))
+        items = targets.sum().item() / (offsets.size // batch_size)
+        for micro_step in range(len(offsets)):
+            mine = (offsets[micro_step, accelerator.process_index], targets[micro_step, accelerator.process_index])
+            yield *to_device(stream.windows(*mine, block_size), accelerator.device), items
         step += 1
 
 
@@ -182,26 +199,19 @@ def evaluate(
     accelerator: Accelerator,
 ) -> float:
     """Mean loss in nats a token over fixed windows: the same for any batch size and any number of processes."""
-    offsets = evaluation_offsets(len(stream), block_size, tokens)
-    targets_in_all = np.minimum(block_size, len(stream) - 1 - offsets).sum()
-    # Every process runs as many full batches: windows that start at the end of the stream have no target.
-    filling = -len(offsets) % (batch_size * accelerator.num_processes)
-    offsets = np.append(offsets, np.full(filling, len(stream)))
+    windows = evaluation_windows(len(stream), block_size, tokens)
+    # Every process runs as many full batches: those that fill them up have no target.
+    filling = -len(windows[0]) % (batch_size * accelerator.num_processes)
+    padded = (np.append(part, np.zeros(filling, dtype=np.int64)) for part in windows)
+    shared = (part.reshape(-1, accelerator.num_processes, batch_size)[:, accelerator.process_index] for part in padded)
     model.eval()
     sums = []
-    for mine in offsets.reshape(-1, accelerator.num_processes, batch_size)[:, accelerator.process_index]:
-        inputs, targets = to_device(stream.windows(mine, block_size + 1), accelerator.device)
-        # num_items_in_batch=1 turns the mean into the sum
-        loss = model(
-            input_ids=inputs.clamp(min=0),
-            shift_labels=targets,
-            skip_logits=True,
-            use_cache=False,
-            num_items_in_batch=1,
-        ).loss
+    for mine in zip(*shared, strict=True):
+        inputs, targets = to_device(stream.windows(*mine, block_size), accelerator.device)
+        loss = model(inputs, shift_labels=targets, num_items_in_batch=1, **LOSS_ONLY).loss  # so the mean is the sum
         sums.append(loss)
     model.train()
-    return accelerator.gather(torch.stack(sums)).cpu().double().sum().item() / targets_in_all
+    return accelerator.gather(torch.stack(sums)).cpu().double().sum().item() / windows[1].sum()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -209,49 +219,42 @@ def evaluate(
 
 def main(argv: list[str]) -> None:
     model_args, data_args, run_args = parse_arguments(argv)
-    flags = vars(model_args) | vars(data_args) | vars(run_args)
-    recipe = {key: value for key, value in flags.items() if value is not None}
+    recipe = {}
+    for args in (model_args, data_args, run_args):
+        recipe |= {key: value for key, value in dataclasses.asdict(args).items() if value is not None}
     out_dir = Path(run_args.out_dir)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Process, precision, data: everything that can be wrong with the flags, the checkpoint to go on from or the text
     # shows here, before anything is trained and before anything is written.
     try:
-        trackers, trains = choose_trackers(run_args.report_to), not (run_args.eval_only or run_args.prepare_only)
+        trackers = choose_trackers(run_args.report_to)
         accelerator = start_accelerator(run_args.dtype, run_args.attn_implementation)
-        source, revision, model, learned = model_args.init_from, model_args.revision, None, None
-        with accelerator.main_process_first():
-            fetch_run(source, run_args.hub_model_id, out_dir)  # to resume on a machine that has no checkpoint
-        state, resumed = checkpoints.TrainState(), checkpoints.find_resumed(source, out_dir)
-        if resumed:
-            state, run = checkpoints.read_checkpoint(resumed)
-            config = NanoGPTConfig(**run["config"])
-            check_given(config, model_args.shape(), source)
-            checkpoints.check_same_run(resumed, run, recipe, SHAPING)
-            recipe |= {key: run["recipe"].get(key) for key in ("init_from", "revision")}  # run.yaml repeats all of it
-        else:
-            config = choose_config(source, model_args.shape(), revision)
-            if source != "scratch":
-                model = load_model(source, config, revision)
-                if not find_ckpt(source):  # nanoGPT's files carry no tokenizer
-                    learned = load_tokenizer(source, "init_from", revision)
-            if trains:
-                checkpoints.check_unfinished(out_dir)
+        start = find_start(model_args.init_from, model_args.shape(), out_dir, recipe, SHAPING)
+        config, model, state, learned = start.config, start.model, start.state, None
+        if start.resumed:
+            begun = start.run["recipe"]  # run.yaml repeats the whole run
+            recipe |= {key: begun[key] for key in ("init_from", "revision") if key in begun}
+        if model is not None and not find_ckpt(model_args.init_from):  # nanoGPT's files carry no tokenizer
+            learned = load_tokenizer(model_args.init_from, "init_from", model_args.revision)
         checkpoints.check_writable(run_args.out_dir)
         windows, processes = run_args.gradient_accumulation_steps * run_args.batch_size, accelerator.num_processes
         check_shares(run_args.gradient_accumulation_steps, windows, run_args.auto_batch_size, accelerator)
         with accelerator.main_process_first():
             record = prepare(data_args, minimum_tokens=config.block_size + 1, learned=learned)
         data = {key: record[key] for key in ("sha256", "vocab_size", "tokens")}
-        if resumed and run["data"] != data:
-            raise ValueError(f"data_dir={data_args.data_dir} holds other data than {resumed} was trained on")
-        tokenizer = load_tokenizer(data_args.data_dir, "data_dir")
+        if start.resumed and start.run["data"] != data:
+            raise ValueError(f"data_dir={data_args.data_dir} holds other data than {start.resumed} was trained on")
+        data_dir = find_data_dir(data_args.data_dir, data_args.corpus)
+        tokenizer = load_tokenizer(str(data_dir), "data_dir")
         if model is not None and len(tokenizer) > config.vocab_size:
-            counts = f"{len(tokenizer)} tokens, init_from={source} {config.vocab_size}"
-            raise ValueError(f"{data_args.data_dir} has {counts}")
-        wanted = run_args.push_to_hub and trains
+            raise ValueError(
+                f"{data_args.data_dir} has {len(tokenizer)} tokens, but init_from={model_args.init_from} "
+                f"{config.vocab_size}"
+            )
+        pushes = run_args.push_to_hub and not (run_args.eval_only or run_args.prepare_only)
         hub = (run_args.hub_model_id, run_args.hub_private_repo, run_args.hub_strategy)
-        pusher = start_pusher(accelerator.is_main_process, out_dir, *hub) if wanted else None
+        pusher = start_pusher(accelerator.is_main_process, out_dir, *hub) if pushes else None
     except ValueError as mistake:
         sys.exit(f"train_accelerate.py: error: {mistake}")
     if run_args.prepare_only:
@@ -259,7 +262,7 @@ def main(argv: list[str]) -> None:
     disable_progress_bar()  # of saving: the bar here is the loop's
     device = accelerator.device
     tokenizer.model_max_length = config.block_size
-    train, val = open_stream(data_args.data_dir, "train"), open_stream(data_args.data_dir, "val")
+    train, val = open_stream(data_dir, "train"), open_stream(data_dir, "val")
 
     # -----------------------------------------------------------------------------------------------------------------
     # Model
@@ -285,8 +288,8 @@ def main(argv: list[str]) -> None:
     parameters = model.num_parameters()
     model, optimizer = accelerator.prepare(model, optimizer)
     micro_steps = accelerator.gradient_accumulation_steps = run_args.gradient_accumulation_steps // processes
-    if resumed:
-        checkpoints.restore(resumed, state, model, optimizer.optimizer, accelerator)
+    if start.resumed:
+        checkpoints.restore(start.resumed, state, model, optimizer.optimizer, accelerator)
 
     # -----------------------------------------------------------------------------------------------------------------
     # What this run is
@@ -301,7 +304,6 @@ def main(argv: list[str]) -> None:
         f"{run_args.batch_size} windows of {config.block_size} tokens"
     )
     run = {"recipe": recipe, "config": config.to_dict(), "data": data}
-    superseded = checkpoints.superseded_by(out_dir, resumed)
     what = (config, parameters, record, recipe, step_tokens, describe(accelerator), find_commit())
     report = Report((RECIPES / "MODEL_CARD.md").read_text(), pusher.model_id if pusher else out_dir.name, *what)
     trackers = Trackers(trackers if accelerator.is_main_process else [], out_dir.name, str(out_dir / "runs"), recipe)
@@ -329,25 +331,21 @@ def main(argv: list[str]) -> None:
         tensors = checkpoints.gather_tensors(model, optimizer.optimizer)  # every process, too
         state.scaler = accelerator.scaler.state_dict() if accelerator.scaler else {}
         if accelerator.is_main_process:
-            last = (run_args.keep_checkpoints, superseded)
-            saves.attempt("the checkpoint", checkpoints.save_checkpoint, out_dir, state, tensors, run, *last)
+            old = (run_args.keep_checkpoints, start.superseded)
+            saves.attempt("the checkpoint", checkpoints.save_checkpoint, out_dir, state, tensors, run, *old)
 
     # -----------------------------------------------------------------------------------------------------------------
     # The loop: one step is one optimizer update
-    def say(line: str) -> None:
-        if accelerator.is_main_process:
-            bar.write(line)
-            sys.stdout.flush()  # a killed run has its lines in the log file
-
-    batches = training_batches(train, run_args, config.block_size, accelerator, state.step)
-    inputs, targets = next(batches)
+    draw = partial(training_windows, data_args.windows, run_args.seed)
+    draw = partial(draw, count=windows, stream_length=len(train), block_size=config.block_size)
+    batches = training_batches(train, draw, state.step, run_args.batch_size, config.block_size, accelerator)
+    inputs, targets, items = next(batches)
     seen = StepRecord(accelerator)  # what the steps came to
     logged_step, logged_at = state.step, time.perf_counter()
     signals, stop = Signals(), 0
-    rhythm = 0.5 if sys.stderr.isatty() else 10  # seconds between redraws: few in a log file
-    total, first = run_args.max_iters, state.step
-    bar = tqdm(total=total, initial=first, unit="step", mininterval=rhythm, disable=run_args.eval_only)
-    for step in range(first, total + 1):
+    total = run_args.max_iters
+    bar = Progress(accelerator, state.step, total, visible=not run_args.eval_only)
+    for step in range(state.step, total + 1):
         # evaluate on fixed windows, and save
         if step % run_args.eval_interval == 0 or step == total or run_args.eval_only:
             paused_at = time.perf_counter()
@@ -356,7 +354,7 @@ def main(argv: list[str]) -> None:
             train_loss = evaluate(model, train, run_args.eval_tokens or len(val), *size)
             state.history.append({"step": step, "eval_train_loss": train_loss, "val_loss": val_loss})
             trackers.log(state.history[-1])
-            say(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
+            bar.say(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
             better = val_loss < state.best_val_loss
             state.best_val_loss = min(val_loss, state.best_val_loss)
             if step > 0 and (better or run_args.always_save_checkpoint) and not run_args.eval_only:
@@ -372,12 +370,12 @@ def main(argv: list[str]) -> None:
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        # forward, backward, update; every micro-batch has as many targets, so the mean of their means is the mean
+        # forward, backward, update
         seed_dropout(run_args.seed, step, accelerator.process_index)
         for _ in range(micro_steps):
             with accelerator.accumulate(model):
-                loss = model(input_ids=inputs, shift_labels=targets, skip_logits=True, use_cache=False).loss
-                inputs, targets = next(batches)  # fetched while the device is busy with the forward pass
+                loss = model(inputs, shift_labels=targets, num_items_in_batch=items, **LOSS_ONLY).loss
+                inputs, targets, items = next(batches)  # fetched while the device is busy with the forward pass
                 accelerator.backward(loss)  # divides by micro_steps, and scales in fp16
                 seen.add_loss(loss)
                 if accelerator.sync_gradients:
@@ -394,11 +392,11 @@ def main(argv: list[str]) -> None:
         logging = state.step % run_args.log_interval == 0
         if saving or logging:
             for index, micro_batches in seen.look(state):
-                offsets = training_offsets(run_args.seed, index, windows, len(train), config.block_size)
-                say(name_skipped(index, micro_batches, offsets.reshape(-1, processes, run_args.batch_size)))
-            if state.nonfinite >= run_args.max_nonfinite_steps:
+                offsets = draw(index)[0].reshape(-1, processes, run_args.batch_size)
+                bar.say(name_skipped(index, micro_batches, offsets))
+            if seen.most_in_a_row >= run_args.max_nonfinite_steps:
                 last = checkpoints.newest_complete(out_dir)
-                say(f"stopped after {state.nonfinite} such steps in a row; the last good checkpoint is {last}")
+                bar.say(f"stopped after {seen.most_in_a_row} such steps in a row; the last good checkpoint is {last}")
                 sys.exit(1)
         if logging:
             rate = (state.step - logged_step) / (time.perf_counter() - logged_at)  # steps a second
@@ -407,9 +405,7 @@ def main(argv: list[str]) -> None:
                 entry["mfu"] = rate * step_flops / (peak * processes)
             state.history.append(entry)
             trackers.log(entry)
-            mfu = f", mfu {entry['mfu']:.1%}" if peak else ""
-            rate_shown = f"{entry['tokens_per_second']:,.0f} tok/s{mfu}"
-            bar.set_postfix_str(f"loss {entry['loss']:.4f}, lr {lr:.2e}, {rate_shown}", refresh=False)
+            bar.show(entry)
             logged_step, logged_at = state.step, time.perf_counter()
         if saving:
             paused_at = time.perf_counter()
@@ -443,7 +439,8 @@ def run(argv: list[str]) -> None:
         if not should_reduce_batch_size(error):
             raise
         args = parse_arguments(argv)[2]
-        sys.exit(f"train_accelerate.py: error: {explain_out_of_memory(**vars(args))}")
+        size = (args.batch_size, args.gradient_accumulation_steps, args.gradient_checkpointing)
+        sys.exit(f"train_accelerate.py: error: {explain_out_of_memory(*size)}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token, logging, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
-from huggingface_hub.utils import disable_progress_bars, validate_repo_id
+from huggingface_hub.utils import WeakFileLock, disable_progress_bars, validate_repo_id
 from tqdm import tqdm
 
 from .notes import notes_of, with_notes
@@ -205,16 +205,19 @@ def fetch_run(init_from: str, model_id: str | None, out_dir: Path) -> None:
     checkpoints = sorted(fetched.glob(f"{LAST}/step-*"))
     if not checkpoints:
         raise ValueError(f"{flag} holds no {LAST}/: it was not pushed with --hub_strategy=checkpoint")
-    for path in sorted(fetched.rglob("*")):
-        name = path.relative_to(fetched)
-        if path.is_file() and name.parts[0] != LAST and name.parts[0][0] != "." and not (out_dir / name).exists():
-            (out_dir / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, out_dir / name)
-    newest = out_dir / CHECKPOINTS / checkpoints[-1].name
-    aside = newest.with_name(f".{newest.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    shutil.copytree(checkpoints[-1], aside)  # of links into the cache it takes the files
-    aside.rename(newest)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(out_dir / ".fetching"):  # every process of a run comes here, and the first does it
+        for path in sorted(fetched.rglob("*")):
+            name, target = path.relative_to(fetched), out_dir / path.relative_to(fetched)
+            if path.is_file() and name.parts[0] != LAST and name.parts[0][0] != "." and not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target)
+        newest = out_dir / CHECKPOINTS / checkpoints[-1].name
+        if not newest.exists():
+            aside = newest.with_name(f".{newest.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            shutil.copytree(checkpoints[-1], aside)  # the files that the cache but links to
+            aside.rename(newest)
 
 
 def keep_notes(card: Path, theirs: Path) -> None:

@@ -15,6 +15,7 @@ class StepRecord:
     def __init__(self, accelerator: Accelerator):
         self._accelerator = accelerator
         self._losses, self._norms, self._norm = [], [], 0.0
+        self.most_in_a_row = 0  # skipped steps, since the run started
 
     def add_loss(self, loss: torch.Tensor) -> None:
         """A micro-batch's mean loss, () in nats a token."""
@@ -44,16 +45,23 @@ class StepRecord:
             finite = math.isfinite(norm)
             state.losses.append(losses.mean().item() if finite else None)
             state.nonfinite = 0 if finite else state.nonfinite + 1
+            self.most_in_a_row = max(self.most_in_a_row, state.nonfinite)
             if not finite:
                 skipped.append((state.step - len(norms) + i, (~losses.isfinite()).nonzero().tolist()))
         self._norm = norms[-1]
         return skipped
 
     def summary(self, state: TrainState) -> dict:
-        """An entry for the history out of the steps since the last one: their mean loss, the last gradient norm."""
+        """An entry for the history out of the steps since the last one: their mean loss, the last gradient norm.
+
+        What is not finite is left out, as JSON has no such number.
+        """
         losses = [loss for loss in state.losses if loss is not None]
-        entry = {"step": state.step, "loss": sum(losses) / len(losses) if losses else None}
-        entry["grad_norm"] = self._norm if math.isfinite(self._norm) else None  # JSON has no inf
+        entry = {"step": state.step}
+        if losses:
+            entry["loss"] = sum(losses) / len(losses)
+        if math.isfinite(self._norm):
+            entry["grad_norm"] = self._norm
         if len(losses) < len(state.losses):
             entry["skipped"] = len(state.losses) - len(losses)
         if self._accelerator.scaler:

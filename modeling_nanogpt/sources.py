@@ -30,26 +30,26 @@ def know_tokens(model: PreTrainedModel, count: int, end: int | None) -> None:
     model.generation_config.suppress_tokens = list(range(count, model.config.vocab_size)) or None
 
 
-def choose_config(init_from: str, given: dict, revision: str | None) -> NanoGPTConfig:
+def choose_config(init_from: str, given: dict, revision: str | None = None) -> NanoGPTConfig:
     """The model's shape: what is given, or a source's own, which may get another dropout or a smaller block_size.
 
     `given` holds keys of NanoGPTConfig; raises ValueError where it contradicts the source. `revision` is the branch,
     tag or commit of a Hub id.
     """
-    try:
-        if init_from == "scratch":
-            return NanoGPTConfig(**given)
+    theirs, changes = None, given
+    if init_from != "scratch":
         try:
-            config = read_config(init_from, revision)
+            theirs = read_config(init_from, revision)
         except ValueError as mistake:
             raise ValueError(f"init_from={mistake}") from None
-        changes = {"dropout": given.get("dropout", config.dropout)}
-        if given.get("block_size", config.block_size) < config.block_size:
-            changes["block_size"] = given["block_size"]
-        config = NanoGPTConfig(**config.to_dict() | changes)
+        block_size = min(given.get("block_size", theirs.block_size), theirs.block_size)
+        changes = theirs.to_dict() | {"dropout": given.get("dropout", theirs.dropout), "block_size": block_size}
+    try:
+        config = NanoGPTConfig(**changes)
     except StrictDataclassError as error:
         raise ValueError(str(error.__cause__)) from None
-    check_given(config, given, init_from)
+    if theirs is not None:
+        check_given(config, given, init_from)
     return config
 
 
@@ -61,7 +61,7 @@ def check_given(config: NanoGPTConfig, given: dict, source: str) -> None:
             raise ValueError(f"{key}={value}, but init_from={source} has {key}={theirs}: leave it out")
 
 
-def load_model(init_from: str, config: NanoGPTConfig, revision: str | None) -> NanoGPTForCausalLM:
+def load_model(init_from: str, config: NanoGPTConfig, revision: str | None = None) -> NanoGPTForCausalLM:
     """The model that a source holds, in float32; `config` is its own, but for dropout and a smaller block_size."""
     try:
         weights = crop_positions(read_weights(init_from, revision), config.block_size)
