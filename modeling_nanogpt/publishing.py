@@ -57,7 +57,7 @@ class Report:
         """The model card: YAML that the Hub reads, then Markdown."""
         record, tokens_seen = self.record, step * self.step_tokens
         values = measure(float(history[-1]["val_loss"]), record)
-        start = self.recipe.get("init_from", "scratch")
+        start, revision = self.recipe.get("init_from", "scratch"), record.get("revision")
         facts = {
             **{key: getattr(self.config, key) for key in ("n_layer", "n_head", "n_embd", "block_size")},
             **{key: record[key] for key in ("corpus", "sha256", "tokenizer")},
@@ -65,6 +65,7 @@ class Report:
             "name": self.name,
             "parameters": f"{self.parameters:,}",
             "start": "from scratch" if start == "scratch" else f"from `{start}`",
+            "text": f"`{record['corpus']}`" + (f" at revision `{revision}`" if revision else ""),
             "loss": f"{values['loss']:.4f}",
             "perplexity": f"{values['perplexity']:.2f}",
             "bits_per_byte": f"{values['bits_per_byte']:.4f}",
@@ -102,7 +103,10 @@ class Report:
             for metric, label in METRICS.items()
             if math.isfinite(values[metric])
         ]
+        base = self.recipe.get("init_from", "scratch")
         return ModelCardData(
+            base_model=None if base == "scratch" or Path(base).exists() else base,  # else it is a Hub id, as this is:
+            datasets=[self.record["corpus"]] if self.record.get("revision") else None,
             library_name="transformers",
             pipeline_tag="text-generation",
             tags=["nanogpt"],
