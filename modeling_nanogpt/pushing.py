@@ -232,7 +232,7 @@ def explain(error: Exception) -> str:
     line = (getattr(error, "server_message", None) or str(error)).strip().split("\n")[0] or type(error).__name__
     if isinstance(error, HfHubHTTPError):
         line = f"{error.response.status_code}: {line}"
-    elif error.__cause__:
+    elif error.__cause__ and explain(error.__cause__) not in line:
         line = f"{line} {explain(error.__cause__)}"
     token = get_token()
     return line.replace(token, "(the token)") if token else line

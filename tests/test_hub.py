@@ -227,8 +227,8 @@ def test_a_run_whose_hub_is_gone_ends_as_any_other_and_says_how_to_push_it(hub, 
     done = run_trainer(hub, tmp_path / "alone", corpus=corpus, push_to_hub=True, hub_model_id="alice/run")
     assert done.returncode == 0, done.stderr
     warned = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
-    assert len(warned) == 4  # at the start, at two saves, and once more at the end
-    assert "Traceback" not in done.stderr
+    assert "the Hub cannot be reached" in warned[0] and "step 10: val loss" in warned[-1]
+    assert 3 <= len(warned) <= 4 and "Traceback" not in done.stderr  # at the start, a save or two, and the end
     hub.start()
     command = shlex.split(done.stdout.splitlines()[-1])
     brought = hub.run(tmp_path / "alone", [Path(sys.executable).with_name("hf"), *command[1:]])
