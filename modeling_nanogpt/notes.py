@@ -12,5 +12,5 @@ def notes_of(card: str) -> str:
 
 
 def with_notes(card: str, notes: str) -> str:
-    """The card with these notes; its own stay where there are none."""
-    return NOTES.sub(lambda _: notes, card, count=1) if notes.strip() else card
+    """The card with these notes between its marks."""
+    return NOTES.sub(lambda _: notes, card, count=1)

@@ -107,16 +107,18 @@ class Pusher:
     def start(self) -> None:
         """Have a copy of out_dir pushed as soon as the upload on its way is through."""
         if self.next and self.next.cancel():  # an older save, which still waited
-            shutil.rmtree(self.out_dir / ".pushing" / str(self.copies))
-        try:
-            self.next = self.worker.submit(self.push, self.copy(), self.unpushed)
-        except OSError as error:  # no room for the copy
-            self.warn(f"{self.unpushed} is not on the Hub yet ({explain(error)})")
-
-    def copy(self) -> Path:
-        """A new folder as the repository will be; of files that saving replaces and never changes, links."""
+            shutil.rmtree(self.out_dir / ".pushing" / str(self.copies), ignore_errors=True)
         self.copies += 1
         copy = self.out_dir / ".pushing" / str(self.copies)
+        try:
+            self.write_copy(copy)
+            self.next = self.worker.submit(self.push, copy, self.unpushed)
+        except OSError as error:  # no room for the copy
+            shutil.rmtree(copy, ignore_errors=True)
+            self.warn(f"{self.unpushed} is not on the Hub yet ({explain(error)})")
+
+    def write_copy(self, copy: Path) -> None:
+        """Make a folder as the repository will be; of files that saving replaces and never changes, links."""
         for name, source in self.files():
             target = copy / name
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -125,7 +127,6 @@ class Pusher:
                     os.link(source, target)
             if not target.exists():
                 shutil.copyfile(source, target)
-        return copy
 
     def files(self) -> Iterator[tuple[Path, Path]]:
         """Names in the repository and the files of out_dir that go there; hidden ones stay."""
@@ -144,9 +145,8 @@ class Pusher:
         try:
             if not self.checked:
                 self.check_access()
-            info = api.model_info(
-                self.model_id
-            )  # not repeated by the client: where the Hub is gone, this says so soon
+            # the client asks this once, and other things again and again: where the Hub is gone, it shows at once
+            info = api.model_info(self.model_id)
             there = {sibling.rfilename for sibling in info.siblings}
             card = copy / "README.md"
             if card.exists() and card.name in there:

@@ -267,6 +267,24 @@ def test_a_hub_that_is_gone_at_the_start_may_come_back(hub, tmp_path):
     assert step_of(hub.model("alice/run")) == 1 and hub.model("alice/run").private
 
 
+def test_a_disk_that_has_no_room_for_a_copy_costs_a_line(hub, tmp_path):
+    said, warned = pushed(
+        hub,
+        tmp_path,
+        """
+        run = Run("alice/run")
+        run.out_dir.mkdir(parents=True)
+        (run.out_dir / ".pushing").write_text("a file where the folder would be")
+        run.save(1)
+        run.save(2)
+        (run.out_dir / ".pushing").unlink()
+        run.pusher.finish()
+        """,
+    )
+    assert [line.split(" is not")[0] for line in warned] == ["warning: step 1", "warning: step 2"]
+    assert step_of(hub.model("alice/run")) == 2 and "is on the Hub" in said[0]
+
+
 def test_what_the_hub_refuses_is_one_line_before_anything_is_there(hub, tmp_path):
     hub.put("models", "alice/public", {})
     hub.put("models", "bob/his", {})
