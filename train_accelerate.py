@@ -84,22 +84,16 @@ class RunArguments:
     eval_tokens: int = knob(0, "tokens evaluated of each split; 0: all of val, and as many of train")
     log_interval: int = knob(10, "optimizer steps between entries in the log")
     always_save_checkpoint: bool = knob(True, "save after each evaluation; otherwise only where val loss is the best")
-    save_interval: int | None = knob(
-        None, "optimizer steps between checkpoints, for resuming (default: eval_interval)"
-    )
+    save_interval: int | None = knob(None, "optimizer steps between checkpoints (default: eval_interval)")
     keep_checkpoints: int = knob(2, "checkpoints that are kept, the newest")
     max_nonfinite_steps: int = knob(20, "stop after as many steps in a row whose loss or gradient is not finite")
-    report_to: str = knob(
-        "none", "trackers, separated by commas: tensorboard, trackio, wandb or any other of Accelerate's"
-    )
+    report_to: str = knob("none", "trackers, separated by commas: tensorboard, wandb or any other of Accelerate's")
     eval_only: bool = knob(False, "evaluate and stop; nothing is saved")
     prepare_only: bool = knob(False, "stop once data_dir is there")
     # system
     seed: int = knob(1337, "of the weights, the windows and dropout")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob("auto", "of the arithmetic; weights are float32")
-    gradient_checkpointing: bool = knob(
-        False, "compute activations twice instead of keeping them: less memory, slower"
-    )
+    gradient_checkpointing: bool = knob(False, "compute activations twice, not keep them: less memory, slower")
     auto_batch_size: bool = knob(False, "find the largest micro-batch that fits the GPU; a step stays the same")
     compile: bool = knob(False, "torch.compile the model: slow to start, then faster")
     attn_implementation: Literal["sdpa", "eager", "flex_attention"] = knob("sdpa", "which attention kernels")
@@ -190,15 +184,8 @@ def evaluate(
     sums = []
     for mine in offsets.reshape(-1, accelerator.num_processes, batch_size)[:, accelerator.process_index]:
         inputs, targets = to_device(stream.windows(mine, block_size + 1), accelerator.device)
-        # num_items_in_batch=1 turns the mean into the sum
-        loss = model(
-            input_ids=inputs.clamp(min=0),
-            shift_labels=targets,
-            skip_logits=True,
-            use_cache=False,
-            num_items_in_batch=1,
-        ).loss
-        sums.append(loss)
+        ids, summed = inputs.clamp(min=0), {"num_items_in_batch": 1}  # else the loss would be the mean
+        sums.append(model(input_ids=ids, shift_labels=targets, skip_logits=True, use_cache=False, **summed).loss)
     model.train()
     return accelerator.gather(torch.stack(sums)).cpu().double().sum().item() / targets_in_all
 
@@ -225,16 +212,18 @@ def main(argv: list[str]) -> None:
             state, run = checkpoints.read_checkpoint(resumed)
             config = NanoGPTConfig(**run["config"])
             check_given(config, model_args.shape(), source)
-            checkpoints.check_same_run(resumed, run, recipe, SHAPING)
-            recipe["init_from"] = run["recipe"]["init_from"]  # run.yaml repeats the whole run
+            checkpoints.check_same_run(resumed, state.step, run, recipe, SHAPING)
+            recipe |= {
+                key: value for key, value in run["recipe"].items() if key in vars(model_args)
+            }  # the whole run's
         else:
             config = choose_config(source, model_args.shape())
             if source != "scratch":
                 model = load_model(source, config)
                 if not find_ckpt(source):  # nanoGPT's files carry no tokenizer
                     learned = load_tokenizer(source, "init_from")
-            if not (run_args.eval_only or run_args.prepare_only):
-                checkpoints.check_unfinished(out_dir)
+        if not (run_args.eval_only or run_args.prepare_only):
+            checkpoints.check_unfinished(out_dir, resumed)
         checkpoints.check_writable(run_args.out_dir)
         windows, processes = run_args.gradient_accumulation_steps * run_args.batch_size, accelerator.num_processes
         if run_args.auto_batch_size and accelerator.device.type != "cuda":
@@ -266,9 +255,9 @@ def main(argv: list[str]) -> None:
     # -----------------------------------------------------------------------------------------------------------------
     # Model
     set_seed(run_args.seed)
-    if model is None:
+    if source == "scratch":
         config.vocab_size = -(-len(tokenizer) // 64) * 64  # a multiple of 64 is faster
-        model = NanoGPTForCausalLM(config)
+    model = NanoGPTForCausalLM(config) if model is None else model
     know_tokens(model, len(tokenizer), tokenizer.eos_token_id)
     model.set_attn_implementation(run_args.attn_implementation)
     if run_args.gradient_checkpointing:
@@ -342,7 +331,7 @@ def main(argv: list[str]) -> None:
     inputs, targets = next(batches)
     seen = StepRecord(accelerator)  # what the steps came to
     logged_step, logged_at = state.step, time.perf_counter()
-    signals, stop = Signals(), 0
+    signals, stop, failed = Signals(), 0, ""
     rhythm = 0.5 if sys.stderr.isatty() else 10  # seconds between redraws: few in a log file
     total, first = run_args.max_iters, state.step
     bar = tqdm(total=total, initial=first, unit="step", mininterval=rhythm, disable=run_args.eval_only)
@@ -357,7 +346,7 @@ def main(argv: list[str]) -> None:
             trackers.log(state.history[-1])
             say(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
             better = val_loss < state.best_val_loss
-            state.best_val_loss = min(val_loss, state.best_val_loss)
+            state.best_val_loss = min(state.best_val_loss, val_loss)  # which nan never is
             if step > 0 and (better or run_args.always_save_checkpoint) and not run_args.eval_only:
                 save_model()
             logged_at += time.perf_counter() - paused_at  # tokens/s counts training alone
@@ -396,9 +385,9 @@ def main(argv: list[str]) -> None:
                 offsets = training_offsets(run_args.seed, index, windows, len(train), config.block_size)
                 say(name_skipped(index, micro_batches, offsets.reshape(-1, processes, run_args.batch_size)))
             if state.nonfinite >= run_args.max_nonfinite_steps:
-                last = checkpoints.newest_complete(out_dir)
-                say(f"stopped after {state.nonfinite} such steps in a row; the last good checkpoint is {last}")
-                sys.exit(1)
+                last = checkpoints.newest_complete(out_dir) or "none yet"
+                failed = f"stopped after {state.nonfinite} such steps in a row; the last good checkpoint: {last}"
+                break
         if logging:
             rate = (state.step - logged_step) / (time.perf_counter() - logged_at)  # steps a second
             entry = seen.summary(state) | {"lr": lr, "tokens_per_second": rate * step_tokens}
@@ -420,16 +409,17 @@ def main(argv: list[str]) -> None:
     bar.close()
     signals.restore()
     trackers.finish()
-    if stop:
+    failed = failed or saves.failed
+    if stop and not failed:
         accelerator.print(f"stopped by a signal after step {state.step}; --init_from=resume goes on from there")
-    elif not run_args.eval_only:
+    elif not failed and not run_args.eval_only:
         accelerator.print(f"best val loss {state.best_val_loss:.4f}; the model is in {out_dir}")
     # Wait for the last save. Besides, a process that left at once could hang in gloo's destructor, which holds the GIL
     # while a thread of its own still needs it to free the last gathered tensor.
     accelerator.wait_for_everyone()
     accelerator.end_training()
-    if stop or saves.failed:
-        sys.exit(128 + stop if stop else f"train_accelerate.py: error: {saves.failed}")
+    if stop or failed:
+        sys.exit(f"train_accelerate.py: error: {failed}" if failed else 128 + stop)
 
 
 def run(argv: list[str]) -> None:

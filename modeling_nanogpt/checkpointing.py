@@ -13,6 +13,7 @@ import dataclasses
 import json
 import math
 import os
+import pickle
 import shutil
 import sys
 import tempfile
@@ -109,7 +110,7 @@ def scatter_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer, te
 def write_checkpoint(out_dir: Path, state: TrainState, tensors: dict, run: dict) -> None:
     """Write the checkpoint of a step. `run` is what the run is: its recipe, the model's shape, its data."""
     folder = out_dir / "checkpoints" / f"step-{state.step:08d}"
-    staging = folder.with_name("." + folder.name)
+    staging = folder.with_name(".saving")  # one name: what a killed run left there, the next save clears away
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     try:
@@ -162,17 +163,24 @@ def newest_complete(out_dir: Path) -> Path | None:
     return None
 
 
+def read_tensors(folder: Path) -> dict:
+    """What gather_tensors returned, mapped rather than loaded; no code that the file may hold is run.
+
+    Raises ValueError where the file is another one.
+    """
+    try:
+        return torch.load(folder / TENSORS, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError:
+        raise ValueError(f"{folder / TENSORS} holds more than tensors, and code in it is not run") from None
+    except (OSError, RuntimeError, EOFError, ValueError):
+        raise ValueError(f"{folder / TENSORS} is damaged: name an older checkpoint by --init_from") from None
+
+
 def restore(
     folder: Path, state: TrainState, model: torch.nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator
 ) -> None:
-    """Put a checkpoint's tensors into the prepared model and optimizer, and its loss scaler's state into ours.
-
-    The tensors are mapped rather than loaded, and no code that the file may hold is run.
-    """
-    tensors = {}
-    if accelerator.is_main_process:
-        tensors = torch.load(folder / TENSORS, map_location="cpu", weights_only=True, mmap=True)
-    scatter_tensors(model, optimizer, tensors)
+    """Put a checkpoint's tensors into the prepared model and optimizer, and its loss scaler's state into ours."""
+    scatter_tensors(model, optimizer, read_tensors(folder) if accelerator.is_main_process else {})
     if accelerator.scaler and state.scaler:
         accelerator.scaler.load_state_dict(state.scaler)
 
@@ -204,21 +212,27 @@ def find_resumed(init_from: str, out_dir: Path) -> Path | None:
         folder = newest_complete(out_dir)
         if folder is None:
             raise ValueError(f"init_from=resume, but {out_dir}/checkpoints holds no complete checkpoint")
-        return folder
-    folder = Path(init_from)
-    if folder.parent.name != "checkpoints":
-        return None
+    else:
+        folder = Path(init_from)
+        if folder.parent.name != "checkpoints":
+            return None
     try:
         read_checkpoint(folder)
+        read_tensors(folder)
     except ValueError as mistake:
         raise ValueError(f"init_from={mistake}") from None
     return folder
 
 
-def check_unfinished(out_dir: Path) -> None:
-    """Raise ValueError where an out_dir holds a run that has not come to its end, which a new one would overwrite."""
+def is_within(resumed: Path | None, out_dir: Path) -> bool:
+    """Whether a checkpoint to go on from is one of out_dir's own."""
+    return resumed is not None and resumed.parent.resolve() == (out_dir / "checkpoints").resolve()
+
+
+def check_unfinished(out_dir: Path, resumed: Path | None) -> None:
+    """Raise ValueError where an out_dir holds a run that has not come to its end, which another would overwrite."""
     folder = newest_complete(out_dir)
-    if folder is None:
+    if folder is None or is_within(resumed, out_dir):
         return
     state, run = read_checkpoint(folder)
     if state.step < run["recipe"]["max_iters"]:
@@ -230,14 +244,17 @@ def check_unfinished(out_dir: Path) -> None:
 
 def superseded_by(out_dir: Path, resumed: Path | None) -> list[Path]:
     """The checkpoints in out_dir that a run makes void: those beyond where it goes on; all of them if it is new."""
-    return [folder for folder in list_checkpoints(out_dir) if resumed is None or folder.name > resumed.name]
+    goes_on = is_within(resumed, out_dir)
+    return [folder for folder in list_checkpoints(out_dir) if not goes_on or folder.name > resumed.name]
 
 
-def check_same_run(folder: Path, run: dict, recipe: dict, shaping: Iterable[str]) -> None:
+def check_same_run(folder: Path, step: int, run: dict, recipe: dict, shaping: Iterable[str]) -> None:
     """Raise ValueError where a recipe contradicts the one that a checkpoint was trained with, in a `shaping` flag.
 
-    Batches may be cut another way, as long as a step sees as many windows.
+    Batches may be cut another way, as long as a step sees as many windows; and a run may be made longer.
     """
+    if recipe["max_iters"] < step:
+        raise ValueError(f"max_iters={recipe['max_iters']}, but {folder} has seen {step} steps already")
     windows = [flags["batch_size"] * flags["gradient_accumulation_steps"] for flags in (recipe, run["recipe"])]
     if windows[0] != windows[1]:
         raise ValueError(
