@@ -163,13 +163,13 @@ def newest_complete(out_dir: Path) -> Path | None:
     return None
 
 
-def read_tensors(folder: Path) -> dict:
-    """What gather_tensors returned, mapped rather than loaded; no code that the file may hold is run.
+def read_tensors(folder: Path, mapped: bool) -> dict:
+    """What gather_tensors returned, loaded or only mapped; no code that the file may hold is run.
 
     Raises ValueError where the file is another one.
     """
     try:
-        return torch.load(folder / TENSORS, map_location="cpu", weights_only=True, mmap=True)
+        return torch.load(folder / TENSORS, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError:
         raise ValueError(f"{folder / TENSORS} holds more than tensors, and code in it is not run") from None
     except (OSError, RuntimeError, EOFError, ValueError):
@@ -180,7 +180,8 @@ def restore(
     folder: Path, state: TrainState, model: torch.nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator
 ) -> None:
     """Put a checkpoint's tensors into the prepared model and optimizer, and its loss scaler's state into ours."""
-    scatter_tensors(model, optimizer, read_tensors(folder) if accelerator.is_main_process else {})
+    mapped = accelerator.device.type != "cpu"  # there the optimizer would go on with these very tensors
+    scatter_tensors(model, optimizer, read_tensors(folder, mapped) if accelerator.is_main_process else {})
     if accelerator.scaler and state.scaler:
         accelerator.scaler.load_state_dict(state.scaler)
 
@@ -218,7 +219,7 @@ def find_resumed(init_from: str, out_dir: Path) -> Path | None:
             return None
     try:
         read_checkpoint(folder)
-        read_tensors(folder)
+        read_tensors(folder, mapped=True)
     except ValueError as mistake:
         raise ValueError(f"init_from={mistake}") from None
     return folder

@@ -7,10 +7,12 @@ import os
 import pickle
 import re
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import TINY, train, write_corpus
 from safetensors.torch import load_file
 
@@ -23,10 +25,11 @@ from modeling_nanogpt.checkpointing import (
     list_checkpoints,
     newest_complete,
     read_checkpoint,
+    restore,
     save_checkpoint,
     superseded_by,
 )
-from modeling_nanogpt.optimization import learning_rate_at
+from modeling_nanogpt.optimization import adamw, learning_rate_at
 from tokenization.arguments import DataArguments
 from train_accelerate import SHAPING, ModelArguments, RunArguments
 
@@ -446,6 +449,16 @@ def test_superseded_ones_go_with_the_first_save_even_if_later(tmp_path):
 
 def test_the_step_after_99999999_is_the_newest(tmp_path):
     assert write_steps(tmp_path, [99_999_999, 100_000_000], keep=1) == [100_000_000]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no such list of mapped files here")
+def test_a_run_does_not_hold_on_to_the_file_it_was_resumed_from(finished):
+    model = NanoGPTForCausalLM.from_pretrained(finished.out_dir)
+    optimizer = adamw(model, 1e-3, (0.9, 0.95), 0.1)
+    latest = newest_complete(finished.out_dir)
+    restore(latest, read_checkpoint(latest)[0], model, optimizer, Accelerator(cpu=True))
+    assert len(optimizer.state) == len(list(model.parameters()))
+    assert str(latest) not in Path("/proc/self/maps").read_text()
 
 
 def test_an_out_dir_without_checkpoints_holds_no_unfinished_run(tmp_path):
