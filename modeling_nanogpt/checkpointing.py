@@ -66,15 +66,15 @@ def check_writable(folder: str) -> None:
 def written_aside(folder: Path) -> Iterator[Path]:
     """Yield an empty folder to write into; on leaving, its files replace those of the same names in `folder`.
 
-    A crash before that leaves `folder` as it was. The renames themselves are atomic one by one, and a model's weights
-    are one of the files, so whatever stands in `folder` loads.
+    A crash before that leaves `folder` as it was. The renames themselves are atomic one by one, and a model's weights,
+    which are one of the files, come last: where there are weights, there is all that they need to load.
     """
     staging = folder / ".saving"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     try:
         yield staging
-        for path in staging.iterdir():
+        for path in sorted(staging.iterdir(), key=lambda path: path.suffix == ".safetensors"):
             flush(path)
             os.replace(path, folder / path.name)
     finally:
