@@ -92,14 +92,10 @@ class RunArguments:
     eval_tokens: int = knob(0, "tokens evaluated of each split; 0: all of val, and as many of train")
     log_interval: int = knob(10, "optimizer steps between entries in the log")
     always_save_checkpoint: bool = knob(True, "save after each evaluation; otherwise only where val loss is the best")
-    save_interval: int | None = knob(
-        None, "optimizer steps between checkpoints, for resuming (default: eval_interval)"
-    )
+    save_interval: int | None = knob(None, "optimizer steps between checkpoints (default: eval_interval)")
     keep_checkpoints: int = knob(2, "checkpoints that are kept, the newest")
     max_nonfinite_steps: int = knob(20, "stop after as many steps in a row whose loss or gradient is not finite")
-    report_to: str = knob(
-        "none", "trackers, separated by commas: tensorboard, trackio, wandb or any other of Accelerate's"
-    )
+    report_to: str = knob("none", "trackers, separated by commas: tensorboard, wandb or any other of Accelerate's")
     eval_only: bool = knob(False, "evaluate and stop; nothing is saved")
     prepare_only: bool = knob(False, "stop once data_dir is there")
     # the Hub
@@ -110,9 +106,7 @@ class RunArguments:
     # system
     seed: int = knob(1337, "of the weights, the windows and dropout")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob("auto", "of the arithmetic; weights are float32")
-    gradient_checkpointing: bool = knob(
-        False, "compute activations twice instead of keeping them: less memory, slower"
-    )
+    gradient_checkpointing: bool = knob(False, "compute activations twice, not keep them: less memory, slower")
     auto_batch_size: bool = knob(False, "find the largest micro-batch that fits the GPU; a step stays the same")
     compile: bool = knob(False, "torch.compile the model: slow to start, then faster")
     attn_implementation: Literal["sdpa", "eager", "flex_attention"] = knob("sdpa", "which attention kernels")
@@ -232,9 +226,8 @@ def main(argv: list[str]) -> None:
         accelerator = start_accelerator(run_args.dtype, run_args.attn_implementation)
         start = find_start(model_args.init_from, model_args.shape(), out_dir, recipe, SHAPING)
         config, model, state, learned = start.config, start.model, start.state, None
-        if start.resumed:
-            begun = start.run["recipe"]  # run.yaml repeats the whole run
-            recipe |= {key: begun[key] for key in ("init_from", "revision") if key in begun}
+        began = start.run.get("recipe", {})  # of a resumed run: run.yaml repeats it from its beginning
+        recipe |= {key: value for key, value in began.items() if key in vars(model_args)}
         if model is not None and not find_ckpt(model_args.init_from):  # nanoGPT's files carry no tokenizer
             learned = load_tokenizer(model_args.init_from, "init_from", model_args.revision)
         checkpoints.check_writable(run_args.out_dir)
@@ -267,9 +260,9 @@ def main(argv: list[str]) -> None:
     # -----------------------------------------------------------------------------------------------------------------
     # Model
     set_seed(run_args.seed)
-    if model is None:
+    if model_args.init_from == "scratch":
         config.vocab_size = -(-len(tokenizer) // 64) * 64  # a multiple of 64 is faster
-        model = NanoGPTForCausalLM(config)
+    model = NanoGPTForCausalLM(config) if model is None else model
     know_tokens(model, len(tokenizer), tokenizer.eos_token_id)
     model.set_attn_implementation(run_args.attn_implementation)
     if run_args.gradient_checkpointing:
@@ -342,7 +335,7 @@ def main(argv: list[str]) -> None:
     inputs, targets, items = next(batches)
     seen = StepRecord(accelerator)  # what the steps came to
     logged_step, logged_at = state.step, time.perf_counter()
-    signals, stop = Signals(), 0
+    signals, stop, failed = Signals(), 0, ""
     total = run_args.max_iters
     bar = Progress(accelerator, state.step, total, visible=not run_args.eval_only)
     for step in range(state.step, total + 1):
@@ -356,7 +349,7 @@ def main(argv: list[str]) -> None:
             trackers.log(state.history[-1])
             bar.say(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
             better = val_loss < state.best_val_loss
-            state.best_val_loss = min(val_loss, state.best_val_loss)
+            state.best_val_loss = min(state.best_val_loss, val_loss)  # which nan never is
             if step > 0 and (better or run_args.always_save_checkpoint) and not run_args.eval_only:
                 save_model()
             logged_at += time.perf_counter() - paused_at  # tokens/s counts training alone
@@ -395,9 +388,9 @@ def main(argv: list[str]) -> None:
                 offsets = draw(index)[0].reshape(-1, processes, run_args.batch_size)
                 bar.say(name_skipped(index, micro_batches, offsets))
             if seen.most_in_a_row >= run_args.max_nonfinite_steps:
-                last = checkpoints.newest_complete(out_dir)
-                bar.say(f"stopped after {seen.most_in_a_row} such steps in a row; the last good checkpoint is {last}")
-                sys.exit(1)
+                last = checkpoints.newest_complete(out_dir) or "none yet"
+                failed = f"stopped after {seen.most_in_a_row} such steps in a row; the last good checkpoint: {last}"
+                break
         if logging:
             rate = (state.step - logged_step) / (time.perf_counter() - logged_at)  # steps a second
             entry = seen.summary(state) | {"lr": lr, "tokens_per_second": rate * step_tokens}
@@ -417,9 +410,10 @@ def main(argv: list[str]) -> None:
     bar.close()
     signals.restore()
     trackers.finish()
-    if stop:
+    failed = failed or saves.failed
+    if stop and not failed:
         accelerator.print(f"stopped by a signal after step {state.step}; --init_from=resume goes on from there")
-    elif not run_args.eval_only:
+    elif not failed and not run_args.eval_only:
         accelerator.print(f"best val loss {state.best_val_loss:.4f}; the model is in {out_dir}")
     # Wait for the last save. Besides, a process that left at once could hang in gloo's destructor, which holds the GIL
     # while a thread of its own still needs it to free the last gathered tensor.
@@ -427,8 +421,8 @@ def main(argv: list[str]) -> None:
     accelerator.end_training()
     if pusher:  # last, as it may take longer than processes wait for each other
         pusher.finish(f"step {state.step}: stopped" if stop else None)
-    if stop or saves.failed:
-        sys.exit(128 + stop if stop else f"train_accelerate.py: error: {saves.failed}")
+    if stop or failed:
+        sys.exit(f"train_accelerate.py: error: {failed}" if failed else 128 + stop)
 
 
 def run(argv: list[str]) -> None:
