@@ -302,7 +302,7 @@ def main(argv: list[str]) -> None:
 
     def write_model(weights: dict[str, torch.Tensor]) -> None:
         with checkpoints.written_aside(out_dir) as folder:
-            accelerator.unwrap_model(model).save_pretrained(folder, state_dict=weights)
+            checkpoints.save_gathered(folder, accelerator.unwrap_model(model), weights)
             tokenizer.save_pretrained(folder)
             (folder / "run.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
             template, seen = (RECIPES / "MODEL_CARD.md").read_text(), state.step * step_tokens
@@ -397,7 +397,7 @@ def main(argv: list[str]) -> None:
             trackers.log(entry)
             mfu = f", mfu {entry['mfu']:.1%}" if peak else ""
             rate_shown = f"{entry['tokens_per_second']:,.0f} tok/s{mfu}"
-            bar.set_postfix_str(f"loss {entry['loss']:.4f}, lr {lr:.2e}, {rate_shown}", refresh=False)
+            bar.set_postfix_str(f"loss {entry['loss'] or math.nan:.4f}, lr {lr:.2e}, {rate_shown}", refresh=False)
             logged_step, logged_at = state.step, time.perf_counter()
         if saving:
             paused_at = time.perf_counter()

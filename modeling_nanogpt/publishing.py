@@ -52,7 +52,8 @@ def plot_losses(path: Path, history: list[dict]) -> None:
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     for key, label, style in (("loss", "training, as logged", "-"), ("val_loss", "validation", "o-")):
-        points = [(entry["step"], entry[key]) for entry in history if key in entry and math.isfinite(entry[key])]
+        values = [(entry["step"], entry.get(key)) for entry in history]  # None: each step there was skipped
+        points = [(step, value) for step, value in values if value is not None and math.isfinite(value)]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1, markersize=3)
     axes.set_xlabel("optimizer steps")
