@@ -308,7 +308,7 @@ def main(argv: list[str]) -> None:
 
     def write_model(weights: dict[str, torch.Tensor], samples: list[str]) -> None:
         with checkpoints.written_aside(out_dir) as folder:
-            accelerator.unwrap_model(model).save_pretrained(folder, state_dict=weights)
+            checkpoints.save_gathered(folder, accelerator.unwrap_model(model), weights)
             tokenizer.save_pretrained(folder)
             report.write(folder, state.history, state.step, samples, earlier=out_dir / "README.md")
         if pusher:
