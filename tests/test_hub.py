@@ -206,6 +206,7 @@ def test_commands_take_a_hub_id_and_a_revision(shared, first, corpus, tmp_path):
 
 
 def test_a_run_that_is_resumed_on_another_machine_is_the_run_that_would_have_been(shared, first, corpus, tmp_path):
+    shared.put("models", "alice/run", {"notes.txt": b"of a person"})
     whole = train(tmp_path, **SHORT | {"max_iters": 20, "corpus": corpus})
     flags = {"max_iters": 20, "corpus": corpus, "init_from": "resume", "hub_model_id": "alice/run"}
     push = {"push_to_hub": True, "hub_strategy": "checkpoint", "report_to": TRACKER}
@@ -221,6 +222,7 @@ def test_a_run_that_is_resumed_on_another_machine_is_the_run_that_would_have_bee
     repository = shared.model("alice/run")
     assert repository.files["model.safetensors"] == weights
     assert {name.split("/")[1] for name in repository.files if name.startswith("last-")} == {"step-00000020"}
+    assert (out / "notes.txt").read_bytes() == repository.files["notes.txt"] == b"of a person"
     if TRACKER == "tensorboard":  # those of both machines
         assert sum("tfevents" in name for name in repository.files) >= 2
 
