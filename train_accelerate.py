@@ -430,7 +430,7 @@ def run(argv: list[str]) -> None:
         if not should_reduce_batch_size(error):
             raise
         args = parse_arguments(argv)[2]
-        sys.exit(f"train_accelerate.py: error: {explain_out_of_memory(**vars(args))}")
+        sys.exit(f"\ntrain_accelerate.py: error: {explain_out_of_memory(**vars(args))}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import LoggerType
+from tqdm import tqdm  # what it writes does not run into a bar
 
 
 def choose_trackers(report_to: str) -> list[str]:
@@ -13,7 +14,7 @@ def choose_trackers(report_to: str) -> list[str]:
     for name in names:
         if name not in LOGGER_TYPE_TO_CLASS:
             raise ValueError(f"report_to={name} is no tracker: none, or some of {', '.join(LOGGER_TYPE_TO_CLASS)}")
-        if name in LoggerType.list() and name not in get_available_trackers():
+        if name in LoggerType.list() and name not in map(str, get_available_trackers()):
             raise ValueError(f"report_to={name}: it is not installed here; leave it out, or install it")
     return list(dict.fromkeys(names))
 
@@ -51,4 +52,4 @@ class Trackers:
         except Exception as error:  # whatever a tracker may raise
             self._trackers.pop(name, None)
             reason = str(error).strip().split("\n")[0]
-            print(f"report_to={name} failed, and is left out from here on: {reason}", file=sys.stderr)
+            tqdm.write(f"report_to={name} failed, and is left out from here on: {reason}", file=sys.stderr)
