@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -140,3 +141,20 @@ def die_at_file_operation(count: int, folder: str) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
+
+
+def at_step(step: int, function: Callable, *arguments) -> None:
+    """Call a function when training comes to a step, before its windows are looked at."""
+    seed_dropout = train_accelerate.seed_dropout
+
+    def first(seed, now, process):
+        if now == step:
+            function(*arguments)
+        seed_dropout(seed, now, process)
+
+    train_accelerate.seed_dropout = first
+
+
+def send_itself(number: int) -> None:
+    """Send a signal to this very process."""
+    os.kill(os.getpid(), number)
