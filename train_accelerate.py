@@ -29,6 +29,7 @@ from transformers.utils.logging import disable_progress_bar
 from modeling_nanogpt import NanoGPTConfig, NanoGPTForCausalLM
 from modeling_nanogpt.checkpointing import check_writable, written_aside
 from modeling_nanogpt.conversion import crop_positions
+from modeling_nanogpt.muon import muon
 from modeling_nanogpt.optimization import adamw, learning_rate_at
 from modeling_nanogpt.publishing import write_report
 from modeling_nanogpt.sources import build_model, find_ckpt, read_config, read_weights
@@ -61,7 +62,8 @@ class RunArguments:
     # batch: one optimizer step sees gradient_accumulation_steps * batch_size * block_size tokens
     batch_size: int = knob(12, "windows in a micro-batch")
     gradient_accumulation_steps: int = knob(40, "micro-batches in an optimizer step, over all processes together")
-    # AdamW
+    # optimizer
+    optimizer: Literal["adamw", "muon"] = knob("adamw", "of the blocks' matrices; all else is AdamW's")
     learning_rate: float = knob(6e-4, "the highest learning rate")
     max_iters: int = knob(600_000, "optimizer steps in all")
     weight_decay: float = knob(0.1, "of matrices and embeddings")
@@ -69,8 +71,10 @@ class RunArguments:
     beta2: float = knob(0.95, "decay of the mean of their squares")
     grad_clip: float = knob(1.0, "largest norm of the gradient; 0 clips nothing")
     # learning rate
-    decay_lr: bool = knob(True, "warmup and cosine decay; otherwise the learning rate is constant")
+    lr_schedule: Literal["cosine", "linear", "wsd", "constant"] = knob("cosine", "after warmup; wsd: late and linear")
+    decay_lr: bool = knob(True, "false: a constant learning rate, from the first step on")
     warmup_iters: int = knob(2000, "optimizer steps of linear warmup")
+    decay_fraction: float = knob(0.4, "of wsd: the last part of lr_decay_iters, in which it decays")
     lr_decay_iters: int | None = knob(None, "optimizer step at which the decay ends (default: max_iters)")
     min_lr: float | None = knob(None, "where the decay ends (default: learning_rate / 10)")
     # evaluation, logging, saving
@@ -89,8 +93,10 @@ class RunArguments:
     def __post_init__(self):
         self.lr_decay_iters = self.max_iters if self.lr_decay_iters is None else self.lr_decay_iters
         self.min_lr = self.learning_rate / 10 if self.min_lr is None else self.min_lr
+        if not self.decay_lr:
+            self.lr_schedule, self.warmup_iters = "constant", 0
         counts = ("batch_size", "gradient_accumulation_steps", "max_iters", "eval_interval", "log_interval")
-        below = {"beta1": 1, "beta2": 1, "seed": 2**32}
+        below = {"beta1": 1, "beta2": 1, "decay_fraction": 1, "seed": 2**32}
         for name, value in vars(self).items():
             least, limit = int(name in counts), below.get(name, math.inf)
             if isinstance(value, int | float) and not least <= value < limit:  # which nan is not, either
@@ -324,7 +330,12 @@ def main(argv: list[str]) -> None:
     # -----------------------------------------------------------------------------------------------------------------
     # Optimizer, compile, prepare
     betas = (run_args.beta1, run_args.beta2)
-    optimizer = adamw(model, run_args.learning_rate, betas, run_args.weight_decay)
+    make_optimizer = {"adamw": adamw, "muon": muon}[run_args.optimizer]
+    optimizer = make_optimizer(model, run_args.learning_rate, betas, run_args.weight_decay)
+    schedule = [
+        getattr(run_args, name)
+        for name in ("learning_rate", "min_lr", "warmup_iters", "lr_decay_iters", "lr_schedule", "decay_fraction")
+    ]
     if run_args.compile:
         model.compile(dynamic=False)  # in place: no wrapper, no prefix in the names of the weights
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -386,9 +397,7 @@ def main(argv: list[str]) -> None:
             break
 
         # set the learning rate
-        lr = run_args.learning_rate
-        if run_args.decay_lr:
-            lr = learning_rate_at(step, lr, run_args.min_lr, run_args.warmup_iters, run_args.lr_decay_iters)
+        lr = learning_rate_at(step, *schedule)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
