@@ -118,6 +118,14 @@ def one_matrix():
     muon.muon_groups = lambda *args: [g | {"parts": min(g["parts"], 1)} for g in groups(*args)]
 
 
+MINIMAX3 = ((8.2987, -24.4305, 18.0903), (3.9152, -2.9211, 0.5592), (3.1746, -2.3804, 0.4978))
+MINIMAX4 = (
+    (8.4268, -24.9361, 18.4925),
+    (4.1116, -3.0591, 0.575),
+    (3.7146, -2.7781, 0.5429),
+    (2.7819, -2.0749, 0.4635),
+)
+JORDAN = ((3.4445, -4.7750, 2.0315),) * 5
 VARIANTS = {
     "base": {},
     "adamw": {"optimizer": "adamw"},
@@ -136,8 +144,12 @@ VARIANTS = {
     "weight_decay 0": {"weight_decay": 0},
     "weight_decay 0.3": {"weight_decay": 0.3},
     "no clipping": {"grad_clip": 0},
-    "five of Jordan's": {"patch": constant("COEFFICIENTS", muon.JORDAN)},
-    "three iterations": {"patch": constant("COEFFICIENTS", muon.COEFFICIENTS[:3])},
+    "five of Jordan's": {"patch": constant("COEFFICIENTS", JORDAN)},
+    "minimax 3": {"patch": constant("COEFFICIENTS", MINIMAX3)},
+    "minimax 4": {"patch": constant("COEFFICIENTS", MINIMAX4)},
+    "lr 8e-3 rate 2.5": {"learning_rate": 8e-3, "patch": constant("MATRIX_RATE", 2.5)},
+    "lr 2e-3 rate 10": {"learning_rate": 2e-3, "patch": constant("MATRIX_RATE", 10.0)},
+    "adamw warmup 50": {"optimizer": "adamw", "warmup_iters": 50},
     "momentum warmup": {"patch": momentum_warmup(100)},
     "momentum 0.9": {"patch": constant("MOMENTUM", 0.9)},
     "cautious decay": {"patch": around_step(cautious_decay)},

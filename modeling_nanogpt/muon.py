@@ -1,13 +1,15 @@
-"""Muon: momentum whose matrices are made orthogonal before they are subtracted. One optimizer, AdamW for all else."""
+"""Muon for the blocks' matrices and AdamW for all else, as one optimizer."""
 
 import math
 from collections import defaultdict
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
-JORDAN = ((3.4445, -4.7750, 2.0315),) * 5
+# One (a, b, c) an iteration, the steepest first: the first four of Amsel et al., "The Polar Express", 2505.16932.
+# They take singular values between 0.0012 and 1 to some between 0.47 and 1.58.
 COEFFICIENTS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -15,44 +17,49 @@ COEFFICIENTS = (
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
 )
 MOMENTUM = 0.95
-MATRIX_RATE = 5.0  # a matrix's rate is that many times AdamW's
+MATRIX_RATE = 5.0  # a matrix learns at that many times AdamW's rate
 
 
 def arithmetic_dtype(device: torch.device) -> torch.dtype:
-    """What the products are computed in: bfloat16 suffices, and is slow only on a CPU without instructions for it."""
+    """What the products are computed in: bfloat16 is enough, but slow on a CPU without instructions for it."""
     cpu = torch.cpu.get_capabilities()
-    if device.type == "cpu" and not (cpu.get("avx512_bf16") or cpu.get("amx_bf16")):
+    if device.type == "cpu" and not (cpu.get("avx512_bf16") or cpu.get("amx_bf16") or cpu.get("bf16")):
         return torch.float32
     return torch.bfloat16
 
 
-def orthogonalize(matrices: torch.Tensor, coefficients: tuple, dtype: torch.dtype) -> torch.Tensor:
-    """U f(S) V^T for each matrix U S V^T of a batch (N, R, C) with R <= C, where f(S) is near 1: all directions count.
+def orthogonalize(matrices: torch.Tensor, coefficients: tuple[tuple[float, float, float], ...]) -> torch.Tensor:
+    """About U V^T for each matrix U S V^T of a batch (N, R, C), R <= C: the same step in all its directions.
 
-    Newton-Schulz iterations X <- a X + (b A + c A^2) X with A = X X^T, which are products only, on all matrices at
-    once. They start at X / |X|, the norm being Frobenius's: no singular value is above 1. Returned in `dtype`. Jordan
-    et al., "Muon: An optimizer for hidden layers in neural networks" (kellerjordan.github.io/posts/muon).
+    Newton-Schulz iterations X <- a X + (b A + c A^2) X with A = X X^T act on the singular values alone, and are
+    products alone: each runs over the whole batch at once. They start at X / |X|, Frobenius's norm, where no singular
+    value is above 1. Jordan et al., "Muon: An optimizer for hidden layers in neural networks"
+    (kellerjordan.github.io/posts/muon).
     """
-    x = matrices.to(dtype)
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    x = matrices / matrices.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for a, b, c in coefficients:
         gram = x @ x.mT  # (N, R, R)
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, polynomial, x, beta=a)  # (N, R, C)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
     return x
 
 
-def muon_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Parameter groups: the blocks' matrices for Muon; for AdamW embeddings and head, which decay, and vectors.
+def as_matrices(weight: torch.Tensor, parts: int) -> torch.Tensor:
+    """A view of a weight as the matrices that it holds one above the other, each lying: (parts, R, C), R <= C."""
+    matrices = weight.unflatten(0, (parts, -1))
+    return matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
 
-    `parts` is the number of matrices in a weight: the fused projection to q, k and v is three, each by itself.
+
+def muon_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Parameter groups: the blocks' matrices; then, for AdamW, embeddings and head, which decay, and all vectors.
+
+    `parts` is the number of matrices in a weight, 0 for AdamW: the fused projection to q, k and v is three matrices.
     """
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    matrices = [(name, p) for name, p in named if ".h." in f".{name}" and p.ndim == 2]
-    fused = [p for name, p in matrices if name.endswith("attn.c_attn.weight")]
-    single = [p for name, p in matrices if not name.endswith("attn.c_attn.weight")]
-    taken = {id(p) for _, p in matrices}
-    rest = [p for _, p in named if id(p) not in taken]
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    matrices = {name: p for name, p in named.items() if name.startswith("transformer.h.") and p.ndim == 2}
+    fused = [p for name, p in matrices.items() if name.endswith(".c_attn.weight")]
+    single = [p for name, p in matrices.items() if not name.endswith(".c_attn.weight")]
+    rest = [p for name, p in named.items() if name not in matrices]
     return [
         {"params": fused, "weight_decay": weight_decay, "parts": 3},
         {"params": single, "weight_decay": weight_decay, "parts": 1},
@@ -62,9 +69,14 @@ def muon_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for the groups with `parts`, AdamW for those without; both decay weights as AdamW does.
+    """Muon for the groups whose `parts` is not 0, AdamW for the others; decay is decoupled in both.
 
-    One optimizer, and not one for each, because a gradient scaler would unscale and step each by itself.
+    With momentum M <- 0.95 M + 0.05 G, a matrix (rows, columns) takes, at the learning rate lr, the step
+
+        W <- (1 - r decay) W - r sqrt(max(1, rows / columns)) orthogonalize(0.05 G + 0.95 M),    r = MATRIX_RATE lr
+
+    which is torch.optim.Muon's at its rate r. One optimizer rather than one of each: a gradient scaler would unscale
+    and skip each by itself. Weights cut up among processes (DTensor) are refused with a ValueError.
     """
 
     def __init__(self, groups: list[dict], lr: float, betas: tuple[float, float], fused: bool = False):
@@ -72,76 +84,61 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One update of every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._step_matrices([group for group in self.param_groups if group["parts"]])
+        batches = defaultdict(list)  # matrices of one shape, whichever weights they are of
         for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
             if not group["parts"]:
-                self._step_adamw(group)
+                self._step_adamw(params, group)
+                continue
+            for p, update in zip(params, self._momentum(params, group["momentum"]), strict=True):
+                matrices = as_matrices(update, group["parts"])
+                batches[matrices.shape[1:]].append((p, matrices, group))
+        for batch in batches.values():
+            self._step_matrices(*zip(*batch, strict=True))
         return loss
 
-    def _step_adamw(self, group: dict) -> None:
-        params = [p for p in group["params"] if p.grad is not None]
+    def _step_matrices(self, params: list[nn.Parameter], momenta: list[torch.Tensor], groups: list[dict]) -> None:
+        dtype = arithmetic_dtype(params[0].device)
+        together = torch.cat([matrices.to(dtype) for matrices in momenta])  # (N, R, C)
+        steps = orthogonalize(together, COEFFICIENTS).split([len(matrices) for matrices in momenta])
+        for p, step, group in zip(params, steps, groups, strict=True):
+            rate = MATRIX_RATE * group["lr"]
+            rows, columns = p.shape[0] // group["parts"], p.shape[1]
+            p.mul_(1 - rate * group["weight_decay"])
+            as_matrices(p, group["parts"]).sub_(step, alpha=rate * math.sqrt(max(1, rows / columns)))
+
+    def _momentum(self, params: list[nn.Parameter], momentum: float) -> list[torch.Tensor]:
+        """Take the gradients into the momenta; returns Nesterov's look ahead, of the shapes of the parameters."""
+        for p in params:
+            if isinstance(p, DTensor):
+                raise ValueError("optimizer=muon needs whole matrices, which FSDP cuts up: take optimizer=adamw")
+            if not self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+        if not params:
+            return []
+        gradients, momenta = [p.grad for p in params], [self.state[p]["momentum"] for p in params]
+        torch._foreach_lerp_(momenta, gradients, 1 - momentum)
+        return torch._foreach_lerp(gradients, momenta, momentum)
+
+    def _step_adamw(self, params: list[nn.Parameter], group: dict) -> None:
         for p in params:
             if not self.state[p]:
-                self.state[p]["step"] = torch.zeros((), device=p.device if group["fused"] else None)
-                self.state[p]["exp_avg"] = torch.zeros_like(p)
-                self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
+                self.state[p]["step"] = torch.zeros((), device=p.device if group["fused"] else "cpu")
+                self.state[p]["exp_avg"], self.state[p]["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+        gradients = [p.grad for p in params]
         means, squares, steps = ([self.state[p][key] for p in params] for key in ("exp_avg", "exp_avg_sq", "step"))
         beta1, beta2 = group["betas"]
-        adamw(
-            params,
-            [p.grad for p in params],
-            means,
-            squares,
-            [],
-            steps,
-            fused=group["fused"],
-            amsgrad=False,
-            beta1=beta1,
-            beta2=beta2,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
-
-    def _step_matrices(self, groups: list[dict]) -> None:
-        """Update the momentum of every weight, then orthogonalise all matrices of one shape together."""
-        batches = defaultdict(list)  # by shape: the weight, its matrices (parts, R, C), the rate and the decay
-        for group in groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
-            gradients = [p.grad for p in params]
-            for p in params:
-                if not self.state[p]:
-                    self.state[p]["momentum"] = torch.zeros_like(p)
-            momenta = [self.state[p]["momentum"] for p in params]
-            torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-            updates = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov's
-            rate = group["lr"] * MATRIX_RATE
-            torch._foreach_mul_(params, 1 - rate * group["weight_decay"])
-            for p, update in zip(params, updates, strict=True):
-                rows, columns = p.shape[0] // group["parts"], p.shape[1]
-                matrices = update.view(-1, rows, columns)
-                matrices = matrices.mT if rows > columns else matrices
-                target = p.view(-1, rows, columns)
-                target = target.mT if rows > columns else target
-                batches[matrices.shape[1:]].append((target, matrices, rate * math.sqrt(max(1, rows / columns))))
-        for batch in batches.values():
-            targets, matrices, rates = zip(*batch, strict=True)
-            dtype = arithmetic_dtype(targets[0].device)
-            together = torch.cat([m.to(dtype) for m in matrices])
-            steps = orthogonalize(together, COEFFICIENTS, dtype).split([len(t) for t in targets])
-            for target, step, rate in zip(targets, steps, rates, strict=True):
-                target.sub_(step, alpha=rate)
+        options = {key: group[key] for key in ("lr", "weight_decay", "eps", "fused")}
+        options |= {"beta1": beta1, "beta2": beta2, "amsgrad": False, "maximize": False}
+        adamw(params, gradients, means, squares, [], steps, **options)
 
 
 def muon(model: nn.Module, learning_rate: float, betas: tuple[float, float], weight_decay: float) -> Muon:
-    """Muon over the blocks' matrices and AdamW over all else, which `betas` belong to."""
+    """Muon over the blocks' matrices, and over all else AdamW, whose betas these are; fused where the device can."""
     fused = model.device.type in ("cpu", "cuda", "mps")
     return Muon(muon_groups(model, weight_decay), learning_rate, betas, fused)
