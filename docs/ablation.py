@@ -30,7 +30,7 @@ from modeling_nanogpt.modeling_nanogpt import NanoGPTPreTrainedModel
 CPU = {
     "recipe": "hub_configs/shakespeare_char_cpu.yaml",
     "optimizer": "muon",
-    "learning_rate": 4e-3,
+    "learning_rate": 8e-3,
     "lr_schedule": "linear",
     "min_lr": 0,
     "warmup_iters": 0,
@@ -118,27 +118,24 @@ def one_matrix():
     muon.muon_groups = lambda *args: [g | {"parts": min(g["parts"], 1)} for g in groups(*args)]
 
 
-MINIMAX3 = ((8.2987, -24.4305, 18.0903), (3.9152, -2.9211, 0.5592), (3.1746, -2.3804, 0.4978))
-MINIMAX4 = (
-    (8.4268, -24.9361, 18.4925),
-    (4.1116, -3.0591, 0.575),
-    (3.7146, -2.7781, 0.5429),
-    (2.7819, -2.0749, 0.4635),
-)
+MINIMAX3 = ((8.2186, -23.72, 17.2185), (3.8835, -2.8413, 0.5331), (3.1681, -2.3329, 0.4775))  # from 0.005
 JORDAN = ((3.4445, -4.7750, 2.0315),) * 5
 VARIANTS = {
     "base": {},
-    "adamw": {"optimizer": "adamw"},
-    "adamw 8e-3": {"optimizer": "adamw", "learning_rate": 8e-3},
-    "learning_rate 2e-3": {"learning_rate": 2e-3},
-    "learning_rate 8e-3": {"learning_rate": 8e-3},
-    "matrix rate 2.5": {"patch": constant("MATRIX_RATE", 2.5)},
-    "matrix rate 10": {"patch": constant("MATRIX_RATE", 10.0)},
+    "adamw 4e-3, warmup 50": {"optimizer": "adamw", "warmup_iters": 50, "learning_rate": 4e-3},
+    "16e-3 1.25": {"learning_rate": 16e-3, "patch": constant("MATRIX_RATE", 1.25)},
+    "12e-3 1.67": {"learning_rate": 12e-3, "patch": constant("MATRIX_RATE", 1.67)},
+    "8e-3 3.75": {"patch": constant("MATRIX_RATE", 3.75)},
+    "12e-3 2.5": {"learning_rate": 12e-3},
+    "16e-3 2.5": {"learning_rate": 16e-3},
+    "8e-3 1.25": {"patch": constant("MATRIX_RATE", 1.25)},
+    "4e-3 5": {"learning_rate": 4e-3, "patch": constant("MATRIX_RATE", 5.0)},
+    "4e-3 2.5": {"learning_rate": 4e-3},
     "cosine to zero": {"lr_schedule": "cosine"},
     "wsd 0.4": {"lr_schedule": "wsd"},
     "wsd 0.7": {"lr_schedule": "wsd", "decay_fraction": 0.7},
     "warmup 50": {"warmup_iters": 50},
-    "min_lr tenth": {"min_lr": 4e-4},
+    "min_lr tenth": {"min_lr": 8e-4},
     "beta2 0.95": {"beta2": 0.95},
     "beta1 0.8": {"beta1": 0.8},
     "weight_decay 0": {"weight_decay": 0},
@@ -146,10 +143,6 @@ VARIANTS = {
     "no clipping": {"grad_clip": 0},
     "five of Jordan's": {"patch": constant("COEFFICIENTS", JORDAN)},
     "minimax 3": {"patch": constant("COEFFICIENTS", MINIMAX3)},
-    "minimax 4": {"patch": constant("COEFFICIENTS", MINIMAX4)},
-    "lr 8e-3 rate 2.5": {"learning_rate": 8e-3, "patch": constant("MATRIX_RATE", 2.5)},
-    "lr 2e-3 rate 10": {"learning_rate": 2e-3, "patch": constant("MATRIX_RATE", 10.0)},
-    "adamw warmup 50": {"optimizer": "adamw", "warmup_iters": 50},
     "momentum warmup": {"patch": momentum_warmup(100)},
     "momentum 0.9": {"patch": constant("MOMENTUM", 0.9)},
     "cautious decay": {"patch": around_step(cautious_decay)},

@@ -51,15 +51,14 @@ def test_orthogonalize_maps_the_singular_values_and_nothing_else(coefficients):
         s = s / s.square().sum().sqrt()
         for a, b, c in coefficients:
             s = a * s + b * s**3 + c * s**5
-        assert s.min() > 0.4 and s.max() < 1.6
         torch.testing.assert_close(result, u * s @ vh, atol=1e-8, rtol=1e-8)
 
 
 def test_the_coefficients_do_what_their_comment_says():
-    s = torch.logspace(math.log10(0.0012), 0, 10_000, dtype=torch.float64)
+    s = torch.logspace(math.log10(0.002), 0, 10_000, dtype=torch.float64)
     for a, b, c in muon.COEFFICIENTS:
         s = a * s + b * s**3 + c * s**5
-    assert s.min() > 0.47 and s.max() < 1.58
+    assert (s - 1).abs().max() < 0.34
 
 
 def test_a_zero_gradient_is_no_nan():
@@ -93,9 +92,8 @@ def test_queries_keys_and_values_are_orthogonalised_one_by_one(monkeypatch):
     before = weight.detach().clone()
     muon.muon(model, 1e-3, BETAS, weight_decay=0.0).step()
     for part, gradient in zip((before - weight.detach()).chunk(3), weight.grad.chunk(3), strict=True):
-        u, s, vh = torch.linalg.svd(part)
-        assert s.min() > 0.4 * 5e-3 and s.max() < 1.6 * 5e-3
-        assert (u @ vh * gradient).sum() == pytest.approx(torch.linalg.svdvals(gradient).sum(), rel=1e-3)
+        expected = 1e-3 * muon.MATRIX_RATE * muon.orthogonalize(gradient[None], muon.COEFFICIENTS)[0]
+        torch.testing.assert_close(part, expected, atol=1e-6, rtol=1e-4)
 
 
 def test_all_but_the_blocks_matrices_take_adamws_steps():
