@@ -1,12 +1,13 @@
 """Trains the fast recipe with one change at a time, over several seeds, and tells what each change does to the loss.
 
-    python docs/ablation.py runs.jsonl cpu --corpus=tinyshakespeare.txt --seeds=4     run what is not there yet
-    python docs/ablation.py runs.jsonl                                                 the tables of what is there
+    python docs/ablation.py runs.jsonl cpu --seeds=4 --corpus=tinyshakespeare.txt     run what is not there yet
+    python docs/ablation.py runs.jsonl                                                show what is there
 
 Every run is a line in the file: a run that was killed starts again, one that has finished does not.
 """
 
 import argparse
+import itertools
 import json
 import math
 import multiprocessing
@@ -27,18 +28,24 @@ from modeling_nanogpt.modeling_nanogpt import NanoGPTPreTrainedModel
 # ---------------------------------------------------------------------------------------------------------------------
 # What is compared: a base of flags, and by name the flags and patches that differ from it.
 
-CPU = {
-    "recipe": "hub_configs/shakespeare_char_cpu.yaml",
+FAST = {
     "optimizer": "muon",
     "learning_rate": 8e-3,
     "lr_schedule": "linear",
     "min_lr": 0,
     "warmup_iters": 0,
-    "max_iters": 500,
-    "eval_interval": 100_000,
+    "eval_interval": 1_000_000,  # at the end only
 }
-WIDE = CPU | {"corpus": "python-stdlib"}
-BASES = {"cpu": CPU}
+CPU = {"recipe": "hub_configs/shakespeare_char_cpu.yaml"}
+WIDE = {
+    "recipe": "hub_configs/quickstart.yaml",
+    "n_layer": 6,
+    "n_head": 4,
+    "n_embd": 256,
+    "dtype": "bfloat16",
+    "max_iters": 400,
+    "eval_tokens": 50_000,
+}
 
 
 def around_step(wrapper):
@@ -118,37 +125,52 @@ def one_matrix():
     muon.muon_groups = lambda *args: [g | {"parts": min(g["parts"], 1)} for g in groups(*args)]
 
 
-MINIMAX3 = ((8.2186, -23.72, 17.2185), (3.8835, -2.8413, 0.5331), (3.1681, -2.3329, 0.4775))  # from 0.005
+THREE = ((8.2186, -23.72, 17.2185), (3.8835, -2.8413, 0.5331), (3.1681, -2.3329, 0.4775))  # from 0.005
 JORDAN = ((3.4445, -4.7750, 2.0315),) * 5
-VARIANTS = {
+CHANGES = {
     "base": {},
-    "adamw 4e-3, warmup 50": {"optimizer": "adamw", "warmup_iters": 50, "learning_rate": 4e-3},
-    "16e-3 1.25": {"learning_rate": 16e-3, "patch": constant("MATRIX_RATE", 1.25)},
-    "12e-3 1.67": {"learning_rate": 12e-3, "patch": constant("MATRIX_RATE", 1.67)},
-    "8e-3 3.75": {"patch": constant("MATRIX_RATE", 3.75)},
-    "12e-3 2.5": {"learning_rate": 12e-3},
-    "16e-3 2.5": {"learning_rate": 16e-3},
-    "8e-3 1.25": {"patch": constant("MATRIX_RATE", 1.25)},
-    "4e-3 5": {"learning_rate": 4e-3, "patch": constant("MATRIX_RATE", 5.0)},
-    "4e-3 2.5": {"learning_rate": 4e-3},
+    "AdamW": {"optimizer": "adamw", "warmup_iters": 50},
+    "AdamW, half the rate": {"optimizer": "adamw", "warmup_iters": 50, "learning_rate": 4e-3},
+    "learning_rate 4e-3": {"learning_rate": 4e-3},
+    "learning_rate 16e-3": {"learning_rate": 16e-3},
+    "learning_rate 16e-3, matrices 8e-3": {"learning_rate": 16e-3, "patch": constant("MATRIX_RATE", 1.25)},
+    "learning_rate 4e-3, matrices 8e-3": {"learning_rate": 4e-3, "patch": constant("MATRIX_RATE", 5.0)},
+    "matrices twice": {"patch": constant("MATRIX_RATE", 5.0)},
+    "matrices half": {"patch": constant("MATRIX_RATE", 1.25)},
     "cosine to zero": {"lr_schedule": "cosine"},
-    "wsd 0.4": {"lr_schedule": "wsd"},
-    "wsd 0.7": {"lr_schedule": "wsd", "decay_fraction": 0.7},
-    "warmup 50": {"warmup_iters": 50},
-    "min_lr tenth": {"min_lr": 8e-4},
+    "linear to a tenth": {"min_lr": 8e-4},
+    "wsd, decay_fraction 0.4": {"lr_schedule": "wsd"},
+    "wsd, decay_fraction 0.7": {"lr_schedule": "wsd", "decay_fraction": 0.7},
+    "warmup of 50 steps": {"warmup_iters": 50},
     "beta2 0.95": {"beta2": 0.95},
     "beta1 0.8": {"beta1": 0.8},
     "weight_decay 0": {"weight_decay": 0},
     "weight_decay 0.3": {"weight_decay": 0.3},
     "no clipping": {"grad_clip": 0},
-    "five of Jordan's": {"patch": constant("COEFFICIENTS", JORDAN)},
-    "minimax 3": {"patch": constant("COEFFICIENTS", MINIMAX3)},
-    "momentum warmup": {"patch": momentum_warmup(100)},
+    "three iterations": {"patch": constant("COEFFICIENTS", THREE)},
+    "Jordan's five": {"patch": constant("COEFFICIENTS", JORDAN)},
     "momentum 0.9": {"patch": constant("MOMENTUM", 0.9)},
+    "momentum warmup": {"patch": momentum_warmup(100)},
     "cautious decay": {"patch": around_step(cautious_decay)},
     "row norms": {"patch": around_step(row_norms)},
     "zero projections": {"patch": zero_projections},
-    "qkv as one": {"patch": one_matrix},
+    "q, k and v as one": {"patch": one_matrix},
+}
+WIDTHS = {
+    f"n_embd {width}, {rate:g}, matrices {matrices:g}": {
+        "n_embd": width,
+        "learning_rate": rate,
+        "patch": constant("MATRIX_RATE", matrices / rate),
+    }
+    for width in (64, 128, 256, 512)
+    for matrices in (1e-2, 2e-2, 4e-2)
+    for rate in (4e-3, 8e-3, 16e-3, 32e-3)
+}
+STUDIES = {
+    "cpu": (FAST | CPU | {"max_iters": 500}, CHANGES),
+    "widths": (FAST | CPU | {"max_iters": 500}, WIDTHS),
+    "wide": (WIDE | FAST, CHANGES),
+    "recipes": (CPU | {"eval_interval": 100}, {"nanoGPT's": {}, "fast": FAST, "fast, 450": FAST | {"max_iters": 450}}),
 }
 
 
@@ -158,46 +180,47 @@ VARIANTS = {
 
 def train(job: tuple) -> dict:
     """One run in this process, which a patch may spoil for the next one. Returns its line."""
-    base, variant, seed, flags, common = job
+    study, variant, seed, common = job
     torch.set_num_threads(1)
-    flags = BASES[base] | common | VARIANTS[variant] | flags | {"seed": seed}
+    base, variants = STUDIES[study]
+    flags = base | variants[variant] | common | {"seed": seed}
     flags.pop("patch", lambda: None)()
-    evaluate = train_accelerate.evaluate
-    train_accelerate.evaluate = lambda model, stream, tokens, *size: (
-        math.nan if tokens else evaluate(model, stream, tokens, *size)  # of train nothing is evaluated
-    )
+    evaluate, calls = train_accelerate.evaluate, itertools.count()
+    # the loop evaluates val, then train; of these only val after the start is looked at here
+    train_accelerate.evaluate = lambda *args: math.nan if (call := next(calls)) % 2 or not call else evaluate(*args)
     out_dir = tempfile.mkdtemp()
     recipe = flags.pop("recipe")
     train_accelerate.main([recipe, *(f"--{key}={value}" for key, value in flags.items()), f"--out_dir={out_dir}"])
     history = [json.loads(line) for line in (Path(out_dir) / "history.jsonl").read_text().splitlines()]
     shutil.rmtree(out_dir)
-    curve = [[entry["step"], entry["val_loss"]] for entry in history if "val_loss" in entry]
-    return {"base": base, "variant": variant, "seed": seed, "val_loss": curve[-1][1], "curve": curve}
+    curve = [[entry["step"], entry["val_loss"]] for entry in history if "val_loss" in entry][1:]
+    return {"study": study, "variant": variant, "seed": seed, "val_loss": curve[-1][1], "curve": curve}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", type=Path)
-    parser.add_argument("base", nargs="?", choices=BASES)
+    parser.add_argument("study", nargs="?", choices=STUDIES)
     parser.add_argument("--seeds", type=int, default=4)
-    parser.add_argument("--only", nargs="*", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--only", nargs="*")
     parser.add_argument("--jobs", type=int, default=2)
     args, common = parser.parse_known_args()
     done = [json.loads(line) for line in args.runs.read_text().splitlines()] if args.runs.exists() else []
-    if args.base:
-        there = {(run["base"], run["variant"], run["seed"]) for run in done}
+    if args.study:
+        there = {(run["study"], run["variant"], run["seed"]) for run in done}
         common = dict(flag.lstrip("-").split("=", 1) for flag in common)
-        jobs = [(args.base, variant, seed, {}, common) for seed in range(1, args.seeds + 1) for variant in args.only]
+        variants = args.only or STUDIES[args.study][1]
+        jobs = [(args.study, variant, seed, common) for seed in range(1, args.seeds + 1) for variant in variants]
         jobs = [job for job in jobs if job[:3] not in there]
         with multiprocessing.get_context("fork").Pool(args.jobs, maxtasksperchild=1) as pool:
             for run in pool.imap_unordered(train, jobs, chunksize=1):
                 with args.runs.open("a") as file:
                     file.write(json.dumps(run) + "\n")
                 done.append(run)
-    for base in BASES:
-        print(f"\n| {base} | mean | deviation | seeds |\n| --- | --- | --- | --- |")
-        for variant in VARIANTS:
-            losses = [run["val_loss"] for run in done if (run["base"], run["variant"]) == (base, variant)]
+    for study, (_, variants) in STUDIES.items():
+        print(f"\n| {study} | loss | deviation | seeds |\n| --- | --- | --- | --- |")
+        for variant in variants:
+            losses = [run["val_loss"] for run in done if (run["study"], run["variant"]) == (study, variant)]
             if losses:
                 deviation = statistics.stdev(losses) if len(losses) > 1 else math.nan
                 print(f"| {variant} | {statistics.mean(losses):.4f} | {deviation:.4f} | {len(losses)} |")
