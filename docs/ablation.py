@@ -17,9 +17,8 @@ import statistics
 import tempfile
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # a run for each core
-
 import torch
+import yaml
 
 import train_accelerate
 from modeling_nanogpt import muon
@@ -166,11 +165,17 @@ WIDTHS = {
     for matrices in (1e-2, 2e-2, 4e-2)
     for rate in (4e-3, 8e-3, 16e-3, 32e-3)
 }
+RECIPES = {
+    "nanoGPT's": {"eval_interval": 100},
+    "fast": FAST | {"eval_interval": 100},
+    "fast, 450 steps": FAST | {"max_iters": 450, "eval_interval": 50},
+}
 STUDIES = {
     "cpu": (FAST | CPU | {"max_iters": 500}, CHANGES),
     "widths": (FAST | CPU | {"max_iters": 500}, WIDTHS),
     "wide": (WIDE | FAST, CHANGES),
-    "recipes": (CPU | {"eval_interval": 100}, {"nanoGPT's": {}, "fast": FAST, "fast, 450": FAST | {"max_iters": 450}}),
+    "recipes": (CPU, RECIPES),
+    "speed": (CPU | {"max_iters": 200, "eval_interval": 1_000_000}, RECIPES),
 }
 
 
@@ -180,8 +185,8 @@ STUDIES = {
 
 def train(job: tuple) -> dict:
     """One run in this process, which a patch may spoil for the next one. Returns its line."""
-    study, variant, seed, common = job
-    torch.set_num_threads(1)
+    study, variant, seed, common, threads = job
+    torch.set_num_threads(threads)
     base, variants = STUDIES[study]
     flags = base | variants[variant] | common | {"seed": seed}
     flags.pop("patch", lambda: None)()
@@ -192,9 +197,17 @@ def train(job: tuple) -> dict:
     recipe = flags.pop("recipe")
     train_accelerate.main([recipe, *(f"--{key}={value}" for key, value in flags.items()), f"--out_dir={out_dir}"])
     history = [json.loads(line) for line in (Path(out_dir) / "history.jsonl").read_text().splitlines()]
+    resolved = yaml.safe_load((Path(out_dir) / "run.yaml").read_text())
     shutil.rmtree(out_dir)
-    curve = [[entry["step"], entry["val_loss"]] for entry in history if "val_loss" in entry][1:]
-    return {"study": study, "variant": variant, "seed": seed, "val_loss": curve[-1][1], "curve": curve}
+    tokens = math.prod(resolved[key] for key in ("gradient_accumulation_steps", "batch_size", "block_size"))
+    return {
+        "study": study,
+        "variant": variant,
+        "seed": seed,
+        "tokens_per_step": tokens,
+        "ms_per_step": 1000 * statistics.median(tokens / e["tokens_per_second"] for e in history if "loss" in e),
+        "val_losses": [[entry["step"], entry["val_loss"]] for entry in history if "val_loss" in entry][1:],
+    }
 
 
 def main() -> None:
@@ -210,7 +223,10 @@ def main() -> None:
         there = {(run["study"], run["variant"], run["seed"]) for run in done}
         common = dict(flag.lstrip("-").split("=", 1) for flag in common)
         variants = args.only or STUDIES[args.study][1]
-        jobs = [(args.study, variant, seed, common) for seed in range(1, args.seeds + 1) for variant in variants]
+        threads = os.cpu_count() // args.jobs
+        jobs = [
+            (args.study, variant, seed, common, threads) for seed in range(1, args.seeds + 1) for variant in variants
+        ]
         jobs = [job for job in jobs if job[:3] not in there]
         with multiprocessing.get_context("fork").Pool(args.jobs, maxtasksperchild=1) as pool:
             for run in pool.imap_unordered(train, jobs, chunksize=1):
@@ -220,7 +236,7 @@ def main() -> None:
     for study, (_, variants) in STUDIES.items():
         print(f"\n| {study} | loss | deviation | seeds |\n| --- | --- | --- | --- |")
         for variant in variants:
-            losses = [run["val_loss"] for run in done if (run["study"], run["variant"]) == (study, variant)]
+            losses = [run["val_losses"][-1][1] for run in done if (run["study"], run["variant"]) == (study, variant)]
             if losses:
                 deviation = statistics.stdev(losses) if len(losses) > 1 else math.nan
                 print(f"| {variant} | {statistics.mean(losses):.4f} | {deviation:.4f} | {len(losses)} |")
