@@ -77,7 +77,8 @@ class Muon(torch.optim.Optimizer):
         W <- (1 - r decay) W - r sqrt(max(1, rows / columns)) orthogonalize(0.05 G + 0.95 M),    r = MATRIX_RATE lr
 
     which is torch.optim.Muon's at its rate r. One optimizer rather than one of each: a gradient scaler would unscale
-    and skip each by itself. Weights cut up among processes (DTensor) are refused with a ValueError.
+    and skip each by itself. As in fused AdamW, a tensor `found_inf` of 1.0 makes a step one that changes nothing, and
+    the host need not wait to know. Weights cut up among processes (DTensor) are refused with a ValueError.
     """
 
     def __init__(self, groups: list[dict], lr: float, betas: tuple[float, float], fused: bool = False):
@@ -90,30 +91,21 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        skip = getattr(self, "found_inf", None)  # () 1.0 or 0.0, on the device
         batches = defaultdict(list)  # matrices of one shape, whichever weights they are of
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not group["parts"]:
-                self._step_adamw(params, group)
+                self._step_adamw(params, group, skip)
                 continue
-            for p, update in zip(params, self._momentum(params, group["momentum"]), strict=True):
+            for p, update in zip(params, self._momentum(params, group["momentum"], skip), strict=True):
                 matrices = as_matrices(update, group["parts"])
                 batches[matrices.shape[1:]].append((p, matrices, group))
         for batch in batches.values():
-            self._step_matrices(*zip(*batch, strict=True))
+            self._step_matrices(*zip(*batch, strict=True), skip)
         return loss
 
-    def _step_matrices(self, params: list[nn.Parameter], momenta: list[torch.Tensor], groups: list[dict]) -> None:
-        dtype = arithmetic_dtype(params[0].device)
-        together = torch.cat([matrices.to(dtype) for matrices in momenta])  # (N, R, C)
-        steps = orthogonalize(together, COEFFICIENTS).split([len(matrices) for matrices in momenta])
-        for p, step, group in zip(params, steps, groups, strict=True):
-            rate = MATRIX_RATE * group["lr"]
-            rows, columns = p.shape[0] // group["parts"], p.shape[1]
-            p.mul_(1 - rate * group["weight_decay"])
-            as_matrices(p, group["parts"]).sub_(step, alpha=rate * math.sqrt(max(1, rows / columns)))
-
-    def _momentum(self, params: list[nn.Parameter], momentum: float) -> list[torch.Tensor]:
+    def _momentum(self, params: list[nn.Parameter], momentum: float, skip: torch.Tensor | None) -> list[torch.Tensor]:
         """Take the gradients into the momenta; returns Nesterov's look ahead, of the shapes of the parameters."""
         for p in params:
             if isinstance(p, DTensor):
@@ -123,10 +115,32 @@ class Muon(torch.optim.Optimizer):
         if not params:
             return []
         gradients, momenta = [p.grad for p in params], [self.state[p]["momentum"] for p in params]
+        if skip is not None:  # a gradient equal to the momentum leaves it as it is
+            gradients = [torch.where(skip.bool(), m, g) for m, g in zip(momenta, gradients, strict=True)]
         torch._foreach_lerp_(momenta, gradients, 1 - momentum)
         return torch._foreach_lerp(gradients, momenta, momentum)
 
-    def _step_adamw(self, params: list[nn.Parameter], group: dict) -> None:
+    def _step_matrices(
+        self,
+        params: list[nn.Parameter],
+        updates: list[torch.Tensor],
+        groups: list[dict],
+        skip: torch.Tensor | None,
+    ) -> None:
+        dtype = arithmetic_dtype(params[0].device)
+        together = torch.cat([matrices.to(dtype) for matrices in updates])  # (N, R, C)
+        keep = 1.0
+        if skip is not None:
+            keep = 1 - skip
+            together.mul_(keep)
+        steps = orthogonalize(together, COEFFICIENTS).split([len(matrices) for matrices in updates])
+        for p, step, group in zip(params, steps, groups, strict=True):
+            rate = MATRIX_RATE * group["lr"]
+            rows, columns = p.shape[0] // group["parts"], p.shape[1]
+            p.mul_(1 - rate * group["weight_decay"] * keep)
+            as_matrices(p, group["parts"]).sub_(step, alpha=rate * math.sqrt(max(1, rows / columns)))
+
+    def _step_adamw(self, params: list[nn.Parameter], group: dict, skip: torch.Tensor | None) -> None:
         for p in params:
             if not self.state[p]:
                 self.state[p]["step"] = torch.zeros((), device=p.device if group["fused"] else "cpu")
@@ -135,7 +149,7 @@ class Muon(torch.optim.Optimizer):
         means, squares, steps = ([self.state[p][key] for p in params] for key in ("exp_avg", "exp_avg_sq", "step"))
         beta1, beta2 = group["betas"]
         options = {key: group[key] for key in ("lr", "weight_decay", "eps", "fused")}
-        options |= {"beta1": beta1, "beta2": beta2, "amsgrad": False, "maximize": False}
+        options |= {"beta1": beta1, "beta2": beta2, "amsgrad": False, "maximize": False, "found_inf": skip}
         adamw(params, gradients, means, squares, [], steps, **options)
 
 

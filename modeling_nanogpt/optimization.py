@@ -1,9 +1,11 @@
-"""The optimizer and the learning rate: AdamW with decay groups, and a schedule that is a pure function of the step."""
+"""The optimizer, and the learning rate as a pure function of the step."""
 
 import math
 
 import torch
 from torch import nn
+
+from .muon import muon
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -24,6 +26,11 @@ def adamw(
     """AdamW over the decay groups, in one fused kernel where the device has one (Loshchilov & Hutter, 1711.05101)."""
     fused = model.device.type in ("cpu", "cuda", "mps")
     return torch.optim.AdamW(decay_groups(model, weight_decay), lr=learning_rate, betas=betas, fused=fused)
+
+
+def make_optimizer(name: str, model: nn.Module, *settings) -> torch.optim.Optimizer:
+    """adamw or muon, by that name, over the model's parameters; the settings are theirs."""
+    return {"adamw": adamw, "muon": muon}[name](model, *settings)
 
 
 def learning_rate_at(

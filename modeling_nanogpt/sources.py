@@ -12,7 +12,61 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, PreTrainedConfig, PreTrainedModel
 
 from .configuration_nanogpt import NanoGPTConfig
-from .conversion import StateDict, config_from_gpt2, config_from_nanogpt, weights_from_gpt2, weights_from_nanogpt
+from .conversion import (
+    StateDict,
+    config_from_gpt2,
+    config_from_nanogpt,
+    crop_positions,
+    weights_from_gpt2,
+    weights_from_nanogpt,
+)
+from .modeling_nanogpt import NanoGPTForCausalLM
+
+
+def know_tokens(model: PreTrainedModel, count: int, end: int | None) -> None:
+    """Tell a model that its tokenizer has `count` tokens and which of them ends a text; others are never generated."""
+    for holder in (model.config, model.generation_config):
+        holder.bos_token_id = holder.eos_token_id = holder.pad_token_id = end
+    model.generation_config.suppress_tokens = list(range(count, model.config.vocab_size)) or None
+
+
+def choose_config(init_from: str, given: dict) -> NanoGPTConfig:
+    """The model's shape: what is given, or a source's own, which may get another dropout or a smaller block_size.
+
+    `given` holds keys of NanoGPTConfig; raises ValueError where it contradicts the source.
+    """
+    try:
+        if init_from == "scratch":
+            return NanoGPTConfig(**given)
+        try:
+            config = read_config(init_from)
+        except ValueError as mistake:
+            raise ValueError(f"init_from={mistake}") from None
+        changes = {"dropout": given.get("dropout", config.dropout)}
+        if given.get("block_size", config.block_size) < config.block_size:
+            changes["block_size"] = given["block_size"]
+        config = NanoGPTConfig(**config.to_dict() | changes)
+    except StrictDataclassError as error:
+        raise ValueError(str(error.__cause__)) from None
+    check_given(config, given, init_from)
+    return config
+
+
+def check_given(config: NanoGPTConfig, given: dict, source: str) -> None:
+    """Raise ValueError where a given key of NanoGPTConfig is not what the source has."""
+    for key, value in given.items():
+        theirs = getattr(config, key)
+        if value != theirs:
+            raise ValueError(f"{key}={value}, but init_from={source} has {key}={theirs}: leave it out")
+
+
+def load_model(init_from: str, config: NanoGPTConfig) -> NanoGPTForCausalLM:
+    """The model that a source holds, in float32; `config` is its own, but for dropout and a smaller block_size."""
+    try:
+        weights = crop_positions(read_weights(init_from), config.block_size)
+    except ValueError as mistake:
+        raise ValueError(f"init_from={mistake}") from None
+    return build_model(NanoGPTForCausalLM, config, weights, torch.float32)
 
 
 def read_config(source: str) -> NanoGPTConfig:

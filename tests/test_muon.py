@@ -183,6 +183,33 @@ def test_a_gradient_scaler_unscales_once_and_skips_an_overflow(clipped):
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_a_step_found_infinite_changes_nothing(broken):
+    model = tiny_model()
+    optimizer = muon.muon(model, 1e-2, BETAS, 0.1)
+    random_gradients(model)
+    optimizer.step()
+    before = copy.deepcopy([model.state_dict(), optimizer.state_dict()["state"]])
+    random_gradients(model)
+    for parameter in model.parameters():
+        parameter.grad[..., 0] = broken
+    optimizer.found_inf = torch.ones(())
+    optimizer.step()
+    torch.testing.assert_close([model.state_dict(), optimizer.state_dict()["state"]], before, atol=0, rtol=0)
+
+
+def test_a_step_found_finite_is_the_usual_one():
+    model, reference = tiny_model(), tiny_model()
+    optimizer, plain = muon.muon(model, 1e-2, BETAS, 0.1), muon.muon(reference, 1e-2, BETAS, 0.1)
+    optimizer.found_inf = torch.zeros(())
+    for step in range(3):
+        random_gradients(model, reference, seed=step)
+        optimizer.step()
+        plain.step()
+    for one, other in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-7, rtol=1e-6)
+
+
 def test_weights_cut_up_among_processes_are_refused_by_name(tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:

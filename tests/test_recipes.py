@@ -10,7 +10,8 @@ import torch
 import yaml
 
 from modeling_nanogpt import NanoGPTForCausalLM
-from train_accelerate import RECIPES, DataArguments, ModelArguments, RunArguments, build_config, parse_arguments
+from modeling_nanogpt.sources import choose_config
+from train_accelerate import RECIPES, DataArguments, ModelArguments, RunArguments, parse_arguments
 
 README = Path(__file__).parent.parent / "README.md"
 ALL_ARGUMENTS = (ModelArguments, DataArguments, RunArguments)
@@ -50,7 +51,7 @@ def number_of(words):
 def build_model(name):
     """The model of a recipe without its weights, the vocabulary being what the trainer makes it."""
     model_args, data_args, _ = parse_arguments([str(shipped(name))])
-    config = build_config(model_args)
+    config = choose_config(model_args.init_from, model_args.shape())
     tokens = data_args.vocab_size if data_args.tokenizer == "bpe" else SHAKESPEARE_CHARACTERS + 256 + 1
     config.vocab_size = -(-tokens // 64) * 64
     with torch.device("meta"):

@@ -35,6 +35,7 @@ def test_out_dir_is_a_whole_model_repository(run):
         "loss.png",
         "run.yaml",
         "history.jsonl",
+        "checkpoints",
     }
 
 
@@ -109,7 +110,7 @@ def test_two_processes_train_on_the_same_windows(tmp_path):
         text=True,
     )
     assert result.returncode == 0, result.stderr
-    assert "2 process(es) on cpu" in result.stdout
+    assert "2 processes by DDP (cpu, 1 thread each), float32" in result.stdout
     assert result.stdout.count("step 20: ") == 1  # one process speaks
     history = [json.loads(line) for line in (tmp_path / "two" / "history.jsonl").read_text().splitlines()]
     assert [entry["loss"] for entry in history if "loss" in entry] == pytest.approx(one.losses, abs=1e-5)
