@@ -3,6 +3,7 @@
 import copy
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import train
+from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import GPT2LMHeadModel
@@ -254,6 +256,17 @@ def test_two_processes_hold_the_same_weights(tmp_path):
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
     result = subprocess.run([*launch, tmp_path / "two.py"], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_a_run_with_muon_resumes_bit_for_bit(tmp_path):
+    flags = {"optimizer": "muon", "max_iters": 8, "save_interval": 4, "eval_tokens": 64}
+    whole = train(tmp_path, **flags)
+    expected = load_file(whole.out_dir / "model.safetensors")
+    shutil.rmtree(whole.out_dir / "checkpoints" / "step-00000008")
+    resumed = train(tmp_path, **flags, init_from="resume")
+    assert resumed.losses == whole.losses
+    weights = load_file(resumed.out_dir / "model.safetensors")
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
 def test_what_muon_trained_is_a_stock_gpt2_and_comes_back(tmp_path):
