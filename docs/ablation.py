@@ -172,7 +172,7 @@ RECIPES = {
 }
 STUDIES = {
     "cpu": (FAST | CPU | {"max_iters": 500}, CHANGES),
-    "widths": (FAST | CPU | {"max_iters": 500}, WIDTHS),
+    "widths": (FAST | CPU | {"max_iters": 200}, WIDTHS),
     "wide": (WIDE | FAST, CHANGES),
     "recipes": (CPU, RECIPES),
     "speed": (CPU | {"max_iters": 200, "eval_interval": 1_000_000}, RECIPES),
