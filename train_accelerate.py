@@ -20,19 +20,21 @@ import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import set_seed, tqdm
+from accelerate.utils import set_seed
 from accelerate.utils.memory import should_reduce_batch_size
 from transformers.utils.logging import disable_progress_bar
 
-from modeling_nanogpt import NanoGPTConfig, NanoGPTForCausalLM
+from modeling_nanogpt import NanoGPTForCausalLM
 from modeling_nanogpt import checkpointing as checkpoints
 from modeling_nanogpt.fitting import explain_out_of_memory, largest_batch_size
 from modeling_nanogpt.launching import describe, start_accelerator
 from modeling_nanogpt.optimization import learning_rate_at, make_optimizer
+from modeling_nanogpt.progress import Progress
 from modeling_nanogpt.publishing import write_report
 from modeling_nanogpt.recording import StepRecord, name_skipped
 from modeling_nanogpt.signals import Signals
-from modeling_nanogpt.sources import check_given, choose_config, find_ckpt, know_tokens, load_model
+from modeling_nanogpt.sources import find_ckpt, know_tokens
+from modeling_nanogpt.starting import find_start
 from modeling_nanogpt.throughput import flops_per_token, peak_flops
 from modeling_nanogpt.tracking import Trackers, choose_trackers
 from tokenization.arguments import DataArguments, FlagParser, knob
@@ -224,22 +226,12 @@ def main(argv: list[str]) -> None:
     try:
         trackers = choose_trackers(run_args.report_to)
         accelerator = start_accelerator(run_args.dtype, run_args.attn_implementation)
-        source, model, learned = model_args.init_from, None, None
-        state, resumed = checkpoints.TrainState(), checkpoints.find_resumed(source, out_dir)
-        if resumed:
-            state, run = checkpoints.read_checkpoint(resumed)
-            config = NanoGPTConfig(**run["config"])
-            check_given(config, model_args.shape(), source)
-            checkpoints.check_same_run(resumed, run, recipe, SHAPING)
-            recipe["init_from"] = run["recipe"]["init_from"]  # run.yaml repeats the whole run
-        else:
-            config = choose_config(source, model_args.shape())
-            if source != "scratch":
-                model = load_model(source, config)
-                if not find_ckpt(source):  # nanoGPT's files carry no tokenizer
-                    learned = load_tokenizer(source, "init_from")
-            if not (run_args.eval_only or run_args.prepare_only):
-                checkpoints.check_unfinished(out_dir)
+        start = find_start(model_args.init_from, model_args.shape(), out_dir, recipe, SHAPING)
+        config, model, state, learned = start.config, start.model, start.state, None
+        if start.resumed:
+            recipe["init_from"] = start.run["recipe"]["init_from"]  # run.yaml repeats the whole run
+        if model is not None and not find_ckpt(model_args.init_from):  # nanoGPT's files carry no tokenizer
+            learned = load_tokenizer(model_args.init_from, "init_from")
         checkpoints.check_writable(run_args.out_dir)
         windows, processes = run_args.gradient_accumulation_steps * run_args.batch_size, accelerator.num_processes
         if run_args.auto_batch_size and accelerator.device.type != "cuda":
@@ -249,15 +241,18 @@ def main(argv: list[str]) -> None:
                 f"gradient_accumulation_steps={run_args.gradient_accumulation_steps} counts the micro-batches of all "
                 f"processes: it must be divisible by their number, {processes}"
             )
+        if run_args.optimizer == "muon" and accelerator.distributed_type == "FSDP":
+            raise ValueError("optimizer=muon needs whole matrices, which FSDP cuts up: take --optimizer=adamw")
         with accelerator.main_process_first():
             record = prepare(data_args, minimum_tokens=config.block_size + 1, learned=learned)
         data = {key: record[key] for key in ("sha256", "vocab_size", "tokens")}
-        if resumed and run["data"] != data:
-            raise ValueError(f"data_dir={data_args.data_dir} holds other data than {resumed} was trained on")
+        if start.resumed and start.run["data"] != data:
+            raise ValueError(f"data_dir={data_args.data_dir} holds other data than {start.resumed} was trained on")
         tokenizer = load_tokenizer(data_args.data_dir, "data_dir")
         if model is not None and len(tokenizer) > config.vocab_size:
             raise ValueError(
-                f"{data_args.data_dir} has {len(tokenizer)} tokens, init_from={source} {config.vocab_size}"
+                f"{data_args.data_dir} has {len(tokenizer)} tokens, but init_from={model_args.init_from} "
+                f"{config.vocab_size}"
             )
     except ValueError as mistake:
         sys.exit(f"train_accelerate.py: error: {mistake}")
@@ -292,8 +287,8 @@ def main(argv: list[str]) -> None:
     parameters = model.num_parameters()
     model, optimizer = accelerator.prepare(model, optimizer)
     micro_steps = accelerator.gradient_accumulation_steps = run_args.gradient_accumulation_steps // processes
-    if resumed:
-        checkpoints.restore(resumed, state, model, optimizer.optimizer, accelerator)
+    if start.resumed:
+        checkpoints.restore(start.resumed, state, model, optimizer.optimizer, accelerator)
 
     # -----------------------------------------------------------------------------------------------------------------
     # What this run is
@@ -308,7 +303,6 @@ def main(argv: list[str]) -> None:
         f"{run_args.batch_size} windows of {config.block_size} tokens"
     )
     run = {"recipe": recipe, "config": config.to_dict(), "data": data}
-    superseded = checkpoints.superseded_by(out_dir, resumed)
     trackers = Trackers(trackers if accelerator.is_main_process else [], out_dir.name, str(out_dir / "runs"), recipe)
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -333,25 +327,19 @@ def main(argv: list[str]) -> None:
         tensors = checkpoints.gather_tensors(model, optimizer.optimizer)  # every process, too
         state.scaler = accelerator.scaler.state_dict() if accelerator.scaler else {}
         if accelerator.is_main_process:
-            last = (run_args.keep_checkpoints, superseded)
-            saves.attempt("the checkpoint", checkpoints.save_checkpoint, out_dir, state, tensors, run, *last)
+            old = (run_args.keep_checkpoints, start.superseded)
+            saves.attempt("the checkpoint", checkpoints.save_checkpoint, out_dir, state, tensors, run, *old)
 
     # -----------------------------------------------------------------------------------------------------------------
     # The loop: one step is one optimizer update
-    def say(line: str) -> None:
-        if accelerator.is_main_process:
-            bar.write(line)
-            sys.stdout.flush()  # a killed run has its lines in the log file
-
     batches = training_batches(train, run_args, config.block_size, accelerator, state.step)
     inputs, targets = next(batches)
     seen = StepRecord(accelerator)  # what the steps came to
     logged_step, logged_at = state.step, time.perf_counter()
     signals, stop = Signals(), 0
-    rhythm = 0.5 if sys.stderr.isatty() else 10  # seconds between redraws: few in a log file
-    total, first = run_args.max_iters, state.step
-    bar = tqdm(total=total, initial=first, unit="step", mininterval=rhythm, disable=run_args.eval_only)
-    for step in range(first, total + 1):
+    total = run_args.max_iters
+    bar = Progress(accelerator, state.step, total, visible=not run_args.eval_only)
+    for step in range(state.step, total + 1):
         # evaluate on fixed windows, and save
         if step % run_args.eval_interval == 0 or step == total or run_args.eval_only:
             paused_at = time.perf_counter()
@@ -360,7 +348,7 @@ def main(argv: list[str]) -> None:
             train_loss = evaluate(model, train, run_args.eval_tokens or len(val), *size)
             state.history.append({"step": step, "eval_train_loss": train_loss, "val_loss": val_loss})
             trackers.log(state.history[-1])
-            say(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
+            bar.say(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
             better = val_loss < state.best_val_loss
             state.best_val_loss = min(val_loss, state.best_val_loss)
             if step > 0 and (better or run_args.always_save_checkpoint) and not run_args.eval_only:
@@ -397,10 +385,10 @@ def main(argv: list[str]) -> None:
         if saving or logging:
             for index, micro_batches in seen.look(state):
                 offsets = training_offsets(run_args.seed, index, windows, len(train), config.block_size)
-                say(name_skipped(index, micro_batches, offsets.reshape(-1, processes, run_args.batch_size)))
+                bar.say(name_skipped(index, micro_batches, offsets.reshape(-1, processes, run_args.batch_size)))
             if state.nonfinite >= run_args.max_nonfinite_steps:
                 last = checkpoints.newest_complete(out_dir)
-                say(f"stopped after {state.nonfinite} such steps in a row; the last good checkpoint is {last}")
+                bar.say(f"stopped after {state.nonfinite} such steps in a row; the last good checkpoint is {last}")
                 sys.exit(1)
         if logging:
             rate = (state.step - logged_step) / (time.perf_counter() - logged_at)  # steps a second
@@ -409,9 +397,7 @@ def main(argv: list[str]) -> None:
                 entry["mfu"] = rate * step_flops / (peak * processes)
             state.history.append(entry)
             trackers.log(entry)
-            mfu = f", mfu {entry['mfu']:.1%}" if peak else ""
-            rate_shown = f"{entry['tokens_per_second']:,.0f} tok/s{mfu}"
-            bar.set_postfix_str(f"loss {entry['loss']:.4f}, lr {lr:.2e}, {rate_shown}", refresh=False)
+            bar.show(entry)
             logged_step, logged_at = state.step, time.perf_counter()
         if saving:
             paused_at = time.perf_counter()
@@ -443,7 +429,8 @@ def run(argv: list[str]) -> None:
         if not should_reduce_batch_size(error):
             raise
         args = parse_arguments(argv)[2]
-        sys.exit(f"train_accelerate.py: error: {explain_out_of_memory(**vars(args))}")
+        size = (args.batch_size, args.gradient_accumulation_steps, args.gradient_checkpointing)
+        sys.exit(f"train_accelerate.py: error: {explain_out_of_memory(*size)}")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from modeling_nanogpt.modeling_nanogpt import NanoGPTPreTrainedModel
 
 FAST = {
     "optimizer": "muon",
-    "learning_rate": 8e-3,
+    "learning_rate": 0.02,
     "lr_schedule": "linear",
     "min_lr": 0,
     "warmup_iters": 0,
@@ -42,7 +42,7 @@ WIDE = {
     "n_head": 4,
     "n_embd": 256,
     "dtype": "bfloat16",
-    "max_iters": 400,
+    "max_iters": 250,
     "eval_tokens": 50_000,
 }
 
@@ -81,7 +81,7 @@ def cautious_decay(optimizer, step):
         group["weight_decay"] = decay
         for p, old in zip(group["params"], weights, strict=True):
             agrees = (old - p.detach()) * old > 0
-            p.data.sub_(old * agrees, alpha=group["lr"] * muon.MATRIX_RATE * decay)
+            p.data.sub_(old * agrees, alpha=group["lr"] * decay)
 
 
 def row_norms(optimizer, step):
@@ -128,16 +128,12 @@ THREE = ((8.2186, -23.72, 17.2185), (3.8835, -2.8413, 0.5331), (3.1681, -2.3329,
 JORDAN = ((3.4445, -4.7750, 2.0315),) * 5
 CHANGES = {
     "base": {},
-    "AdamW": {"optimizer": "adamw", "warmup_iters": 50},
-    "AdamW, half the rate": {"optimizer": "adamw", "warmup_iters": 50, "learning_rate": 4e-3},
-    "learning_rate 4e-3": {"learning_rate": 4e-3},
-    "learning_rate 16e-3": {"learning_rate": 16e-3},
-    "learning_rate 16e-3, matrices 8e-3": {"learning_rate": 16e-3, "patch": constant("MATRIX_RATE", 1.25)},
-    "learning_rate 4e-3, matrices 8e-3": {"learning_rate": 4e-3, "patch": constant("MATRIX_RATE", 5.0)},
-    "matrices twice": {"patch": constant("MATRIX_RATE", 5.0)},
-    "matrices half": {"patch": constant("MATRIX_RATE", 1.25)},
+    "AdamW at 4e-3": {"optimizer": "adamw", "warmup_iters": 50, "learning_rate": 4e-3},
+    "AdamW at 8e-3": {"optimizer": "adamw", "warmup_iters": 50, "learning_rate": 8e-3},
+    "learning_rate 0.01": {"learning_rate": 0.01},
+    "learning_rate 0.04": {"learning_rate": 0.04},
     "cosine to zero": {"lr_schedule": "cosine"},
-    "linear to a tenth": {"min_lr": 8e-4},
+    "linear to a tenth": {"min_lr": 0.002},
     "wsd, decay_fraction 0.4": {"lr_schedule": "wsd"},
     "wsd, decay_fraction 0.7": {"lr_schedule": "wsd", "decay_fraction": 0.7},
     "warmup of 50 steps": {"warmup_iters": 50},
@@ -156,22 +152,17 @@ CHANGES = {
     "q, k and v as one": {"patch": one_matrix},
 }
 WIDTHS = {
-    f"n_embd {width}, {rate:g}, matrices {matrices:g}": {
-        "n_embd": width,
-        "learning_rate": rate,
-        "patch": constant("MATRIX_RATE", matrices / rate),
-    }
-    for width in (64, 128, 256, 512)
-    for matrices in (1e-2, 2e-2, 4e-2)
-    for rate in (4e-3, 8e-3, 16e-3, 32e-3)
+    f"n_embd {width}, AdamW at {rate:g}": {"n_embd": width, "patch": constant("ADAMW_RATE", rate / 0.02 * width**0.5)}
+    for width in (64, 128, 256)
+    for rate in (8e-3, 16e-3, 32e-3)
 }
 RECIPES = {
     "nanoGPT's": {"eval_interval": 100},
-    "fast": FAST | {"eval_interval": 100},
-    "fast, 450 steps": FAST | {"max_iters": 450, "eval_interval": 50},
+    "fast": FAST | {"eval_interval": 250},
+    "fast, 450 steps": FAST | {"max_iters": 450, "eval_interval": 75},
 }
 STUDIES = {
-    "cpu": (FAST | CPU | {"max_iters": 500}, CHANGES),
+    "cpu": (FAST | CPU | {"max_iters": 400}, CHANGES),
     "widths": (FAST | CPU | {"max_iters": 200}, WIDTHS),
     "wide": (WIDE | FAST, CHANGES),
     "recipes": (CPU, RECIPES),

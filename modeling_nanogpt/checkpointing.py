@@ -16,7 +16,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -193,63 +193,6 @@ def save_checkpoint(
     for folder in set(list_checkpoints(out_dir)) - set(complete[-keep:]):
         remove_checkpoint(folder)
     superseded.clear()
-
-
-def find_resumed(init_from: str, out_dir: Path) -> Path | None:
-    """The checkpoint that `init_from` means, if it means one: `resume` is the newest complete one in out_dir.
-
-    Raises ValueError where there is none, or the named one is not complete.
-    """
-    if init_from == "resume":
-        folder = newest_complete(out_dir)
-        if folder is None:
-            raise ValueError(f"init_from=resume, but {out_dir}/checkpoints holds no complete checkpoint")
-        return folder
-    folder = Path(init_from)
-    if folder.parent.name != "checkpoints":
-        return None
-    try:
-        read_checkpoint(folder)
-    except ValueError as mistake:
-        raise ValueError(f"init_from={mistake}") from None
-    return folder
-
-
-def check_unfinished(out_dir: Path) -> None:
-    """Raise ValueError where an out_dir holds a run that has not come to its end, which a new one would overwrite."""
-    folder = newest_complete(out_dir)
-    if folder is None:
-        return
-    state, run = read_checkpoint(folder)
-    if state.step < run["recipe"]["max_iters"]:
-        raise ValueError(
-            f"out_dir={out_dir} holds a run that stopped at step {state.step} of {run['recipe']['max_iters']}: "
-            f"--init_from=resume goes on with it; else give another --out_dir, or remove {out_dir}/checkpoints"
-        )
-
-
-def superseded_by(out_dir: Path, resumed: Path | None) -> list[Path]:
-    """The checkpoints in out_dir that a run makes void: those beyond where it goes on; all of them if it is new."""
-    return [folder for folder in list_checkpoints(out_dir) if resumed is None or folder.name > resumed.name]
-
-
-def check_same_run(folder: Path, run: dict, recipe: dict, shaping: Iterable[str]) -> None:
-    """Raise ValueError where a recipe contradicts the one that a checkpoint was trained with, in a `shaping` flag.
-
-    Batches may be cut another way, as long as a step sees as many windows.
-    """
-    windows = [flags["batch_size"] * flags["gradient_accumulation_steps"] for flags in (recipe, run["recipe"])]
-    if windows[0] != windows[1]:
-        raise ValueError(
-            f"batch_size * gradient_accumulation_steps is {windows[0]}, but {folder} was trained with {windows[1]}"
-        )
-    for key in shaping:
-        ours, theirs = recipe[key], run["recipe"].get(key)
-        if ours != theirs:
-            raise ValueError(
-                f"{key}={ours}, but {folder} was trained with {theirs}: go on with --{key}={theirs}, or begin a run "
-                "in another --out_dir"
-            )
 
 
 class Saves:

@@ -53,7 +53,7 @@ def try_batch_size(batch_size: int, attempt: Callable[[int], None]) -> bool:
     return True
 
 
-def explain_out_of_memory(batch_size: int, gradient_accumulation_steps: int, gradient_checkpointing: bool, **_) -> str:
+def explain_out_of_memory(batch_size: int, gradient_accumulation_steps: int, gradient_checkpointing: bool) -> str:
     """What to try: the largest smaller micro-batch that keeps the global batch, and checkpointed activations."""
     divisors = [k for k in range(2, batch_size + 1) if batch_size % k == 0]
     tries = []

@@ -50,10 +50,16 @@ class StepRecord:
         return skipped
 
     def summary(self, state: TrainState) -> dict:
-        """An entry for the history out of the steps since the last one: their mean loss, the last gradient norm."""
+        """An entry for the history out of the steps since the last one: their mean loss, the last gradient norm.
+
+        What is not finite is left out, as JSON has no such number.
+        """
         losses = [loss for loss in state.losses if loss is not None]
-        entry = {"step": state.step, "loss": sum(losses) / len(losses) if losses else None}
-        entry["grad_norm"] = self._norm if math.isfinite(self._norm) else None  # JSON has no inf
+        entry = {"step": state.step}
+        if losses:
+            entry["loss"] = sum(losses) / len(losses)
+        if math.isfinite(self._norm):
+            entry["grad_norm"] = self._norm
         if len(losses) < len(state.losses):
             entry["skipped"] = len(state.losses) - len(losses)
         if self._accelerator.scaler:

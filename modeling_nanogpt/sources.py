@@ -35,20 +35,20 @@ def choose_config(init_from: str, given: dict) -> NanoGPTConfig:
 
     `given` holds keys of NanoGPTConfig; raises ValueError where it contradicts the source.
     """
-    try:
-        if init_from == "scratch":
-            return NanoGPTConfig(**given)
+    theirs, changes = None, given
+    if init_from != "scratch":
         try:
-            config = read_config(init_from)
+            theirs = read_config(init_from)
         except ValueError as mistake:
             raise ValueError(f"init_from={mistake}") from None
-        changes = {"dropout": given.get("dropout", config.dropout)}
-        if given.get("block_size", config.block_size) < config.block_size:
-            changes["block_size"] = given["block_size"]
-        config = NanoGPTConfig(**config.to_dict() | changes)
+        block_size = min(given.get("block_size", theirs.block_size), theirs.block_size)
+        changes = theirs.to_dict() | {"dropout": given.get("dropout", theirs.dropout), "block_size": block_size}
+    try:
+        config = NanoGPTConfig(**changes)
     except StrictDataclassError as error:
         raise ValueError(str(error.__cause__)) from None
-    check_given(config, given, init_from)
+    if theirs is not None:
+        check_given(config, given, init_from)
     return config
 
 

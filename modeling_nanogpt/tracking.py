@@ -36,7 +36,7 @@ class Trackers:
 
     def log(self, entry: dict) -> None:
         """Give an entry of the history to each."""
-        values = {key: value for key, value in entry.items() if key != "step" and value is not None}
+        values = {key: value for key, value in entry.items() if key != "step"}
         for name, tracker in list(self._trackers.items()):
             self._survives(name, lambda: tracker.log(values, step=entry["step"]))  # noqa: B023
 

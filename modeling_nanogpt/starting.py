@@ -1,0 +1,104 @@
+"""Where a run starts: from scratch, from a model, or from where it stopped."""
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+
+from .checkpointing import TrainState, list_checkpoints, newest_complete, read_checkpoint
+from .configuration_nanogpt import NanoGPTConfig
+from .modeling_nanogpt import NanoGPTForCausalLM
+from .sources import check_given, choose_config, load_model
+
+
+@dataclasses.dataclass
+class Start:
+    """The model's shape; its weights, where a model is gone on from; and how far the run has come.
+
+    `resumed` is the checkpoint to go on from, `run` what it says of its run (recipe, config, data), and `superseded`
+    the checkpoints in out_dir that this run makes void.
+    """
+
+    config: NanoGPTConfig
+    model: NanoGPTForCausalLM | None = None
+    state: TrainState = dataclasses.field(default_factory=TrainState)
+    resumed: Path | None = None
+    run: dict = dataclasses.field(default_factory=dict)
+    superseded: list[Path] = dataclasses.field(default_factory=list)
+
+
+def find_start(init_from: str, shape: dict, out_dir: Path, recipe: dict, shaping: Iterable[str]) -> Start:
+    """What `init_from` means, given the keys of NanoGPTConfig in `shape` and the flags of the recipe.
+
+    Raises ValueError where the source cannot be read or contradicts a flag (of those `shaping` what is learned, if a
+    run is resumed), and where a new run would write over one that has not come to its end.
+    """
+    folder = find_resumed(init_from, out_dir)
+    if folder:
+        state, run = read_checkpoint(folder)
+        config = NanoGPTConfig(**run["config"])
+        check_given(config, shape, init_from)
+        check_same_run(folder, run, recipe, shaping)
+        start = Start(config, state=state, resumed=folder, run=run)
+    else:
+        config = choose_config(init_from, shape)
+        start = Start(config, None if init_from == "scratch" else load_model(init_from, config))
+    here = list_checkpoints(out_dir)
+    if folder in here:
+        start.superseded = here[here.index(folder) + 1 :]
+    else:
+        start.superseded = here
+        if not (recipe["eval_only"] or recipe["prepare_only"]):  # which overwrite nothing
+            check_unfinished(out_dir)
+    return start
+
+
+def find_resumed(init_from: str, out_dir: Path) -> Path | None:
+    """The checkpoint that `init_from` means, if it means one: `resume` is the newest complete one in out_dir.
+
+    Raises ValueError where there is none, or the named one is not complete.
+    """
+    if init_from == "resume":
+        folder = newest_complete(out_dir)
+        if folder is None:
+            raise ValueError(f"init_from=resume, but {out_dir}/checkpoints holds no complete checkpoint")
+        return folder
+    folder = Path(init_from)
+    if folder.parent.name != "checkpoints":
+        return None
+    try:
+        read_checkpoint(folder)
+    except ValueError as mistake:
+        raise ValueError(f"init_from={mistake}") from None
+    return folder
+
+
+def check_unfinished(out_dir: Path) -> None:
+    """Raise ValueError where an out_dir holds a run that has not come to its end, which a new one would overwrite."""
+    folder = newest_complete(out_dir)
+    if folder is None:
+        return
+    state, run = read_checkpoint(folder)
+    if state.step < run["recipe"]["max_iters"]:
+        raise ValueError(
+            f"out_dir={out_dir} holds a run that stopped at step {state.step} of {run['recipe']['max_iters']}: "
+            f"--init_from=resume goes on with it; else give another --out_dir, or remove {out_dir}/checkpoints"
+        )
+
+
+def check_same_run(folder: Path, run: dict, recipe: dict, shaping: Iterable[str]) -> None:
+    """Raise ValueError where a recipe contradicts the one that a checkpoint was trained with, in a `shaping` flag.
+
+    Batches may be cut another way, as long as a step sees as many windows.
+    """
+    windows = [flags["batch_size"] * flags["gradient_accumulation_steps"] for flags in (recipe, run["recipe"])]
+    if windows[0] != windows[1]:
+        raise ValueError(
+            f"batch_size * gradient_accumulation_steps is {windows[0]}, but {folder} was trained with {windows[1]}"
+        )
+    for key in shaping:
+        ours, theirs = recipe[key], run["recipe"].get(key)
+        if ours != theirs:
+            raise ValueError(
+                f"{key}={ours}, but {folder} was trained with {theirs}: go on with --{key}={theirs}, or begin a run "
+                "in another --out_dir"
+            )
