@@ -162,7 +162,7 @@ RECIPES = {
     "fast, 450 steps": FAST | {"max_iters": 450, "eval_interval": 75},
 }
 STUDIES = {
-    "cpu": (FAST | CPU | {"max_iters": 400}, CHANGES),
+    "cpu": (FAST | CPU | {"max_iters": 250}, CHANGES),
     "widths": (FAST | CPU | {"max_iters": 200}, WIDTHS),
     "wide": (WIDE | FAST, CHANGES),
     "recipes": (CPU, RECIPES),

@@ -1,5 +1,6 @@
 """Muon for the blocks' matrices and AdamW for all else, as one optimizer."""
 
+import functools
 import math
 from collections import defaultdict
 
@@ -21,12 +22,15 @@ MOMENTUM = 0.95
 ADAMW_RATE = 8.0  # AdamW learns at the learning rate times that over sqrt(n_embd): found best from 64 to 256 wide
 
 
+@functools.cache
 def arithmetic_dtype(device: torch.device) -> torch.dtype:
-    """What the products are computed in: bfloat16 is enough, but slow on a CPU without instructions for it."""
-    cpu = torch.cpu.get_capabilities()
-    if device.type == "cpu" and not (cpu.get("avx512_bf16") or cpu.get("amx_bf16") or cpu.get("bf16")):
-        return torch.float32
-    return torch.bfloat16
+    """What the products are computed in: bfloat16 is enough, but slow where it is not in the hardware."""
+    if device.type == "cpu":
+        cpu = torch.cpu.get_capabilities()
+        fast = cpu.get("avx512_bf16") or cpu.get("amx_bf16") or cpu.get("bf16")
+    else:
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if fast else torch.float32
 
 
 def orthogonalize(matrices: torch.Tensor, coefficients: tuple[tuple[float, float, float], ...]) -> torch.Tensor:
@@ -121,17 +125,13 @@ class Muon(torch.optim.Optimizer):
             return []
         gradients, momenta = [p.grad for p in params], [self.state[p]["momentum"] for p in params]
         if skip is not None:  # a gradient equal to the momentum leaves it as it is
-            gradients = [torch.where(skip.bool(), m, g) for m, g in zip(momenta, gradients, strict=True)]
+            skipped = skip.bool()
+            gradients = [torch.where(skipped, m, g) for m, g in zip(momenta, gradients, strict=True)]
         torch._foreach_lerp_(momenta, gradients, 1 - momentum)
         return torch._foreach_lerp(gradients, momenta, momentum)
 
-    def _step_matrices(
-        self,
-        params: list[nn.Parameter],
-        updates: list[torch.Tensor],
-        groups: list[dict],
-        skip: torch.Tensor | None,
-    ) -> None:
+    def _step_matrices(self, params: list, updates: list, groups: list, skip: torch.Tensor | None) -> None:
+        """Orthogonalise the updates (parts, R, C) of weights together, and subtract them."""
         dtype = arithmetic_dtype(params[0].device)
         together = torch.cat([matrices.to(dtype) for matrices in updates])  # (N, R, C)
         keep = 1.0
