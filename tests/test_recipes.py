@@ -128,7 +128,12 @@ def test_the_arithmetic_in_a_recipe_is_that_of_its_knobs(name):
 
 @pytest.mark.parametrize(
     ("name", "words", "times"),
-    [("shakespeare_char", "82 times over", 82), ("shakespeare_char_cpu", "one and a half times over", 1.5)],
+    [
+        ("shakespeare_char", "82 times over", 82),
+        ("shakespeare_char_fast", "33 times over", 33),
+        ("shakespeare_char_cpu", "one and a half times over", 1.5),
+        ("shakespeare_char_cpu_fast", "one and a half times over", 1.5),
+    ],
 )
 def test_a_recipe_says_how_often_it_reads_the_text(name, words, times):
     knobs = resolve(shipped(name))
@@ -152,6 +157,14 @@ def test_the_readme_lists_every_recipe_with_its_size():
         model = build_model(name)
         assert model.num_parameters() == pytest.approx(value, abs=precision)
         assert model.config.block_size == int(context)
+
+
+@pytest.mark.parametrize("name", [name for name in SHIPPED if name.endswith("_fast")])
+def test_a_fast_recipe_has_another_optimizer_for_the_same_model_and_data(name):
+    fast, plain = vars(resolve(shipped(name))), vars(resolve(shipped(name.removesuffix("_fast"))))
+    changed = {key for key in fast if fast[key] != plain[key]} - {"out_dir", "data_dir", "max_iters", "lr_decay_iters"}
+    assert changed == {"optimizer", "learning_rate", "lr_schedule", "min_lr", "warmup_iters"}
+    assert (fast["optimizer"], plain["optimizer"]) == ("muon", "adamw")
 
 
 def test_shakespeare_char_has_nanogpts_numbers():
