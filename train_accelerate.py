@@ -12,7 +12,8 @@ import dataclasses
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -38,10 +39,13 @@ from modeling_nanogpt.starting import find_start
 from modeling_nanogpt.throughput import flops_per_token, peak_flops
 from modeling_nanogpt.tracking import Trackers, choose_trackers
 from tokenization.arguments import DataArguments, FlagParser, knob
-from tokenization.prepare import load_tokenizer, prepare
-from tokenization.windows import TokenStream, evaluation_offsets, open_stream, training_offsets
+from tokenization.loading import load_tokenizer
+from tokenization.prepare import prepare
+from tokenization.sharing import find_data_dir
+from tokenization.windows import TokenStream, evaluation_windows, open_stream, training_windows
 
 RECIPES = Path(__file__).parent / "hub_configs"
+LOSS_ONLY = {"skip_logits": True, "use_cache": False}  # what the model need not return in training
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Knobs. What text to train on is in tokenization/arguments.py.
@@ -89,22 +93,16 @@ class RunArguments:
     eval_tokens: int = knob(0, "tokens evaluated of each split; 0: all of val, and as many of train")
     log_interval: int = knob(10, "optimizer steps between entries in the log")
     always_save_checkpoint: bool = knob(True, "save after each evaluation; otherwise only where val loss is the best")
-    save_interval: int | None = knob(
-        None, "optimizer steps between checkpoints, for resuming (default: eval_interval)"
-    )
+    save_interval: int | None = knob(None, "optimizer steps between checkpoints (default: eval_interval)")
     keep_checkpoints: int = knob(2, "checkpoints that are kept, the newest")
     max_nonfinite_steps: int = knob(20, "stop after as many steps in a row whose loss or gradient is not finite")
-    report_to: str = knob(
-        "none", "trackers, separated by commas: tensorboard, trackio, wandb or any other of Accelerate's"
-    )
+    report_to: str = knob("none", "trackers, separated by commas: tensorboard, wandb or any other of Accelerate's")
     eval_only: bool = knob(False, "evaluate and stop; nothing is saved")
     prepare_only: bool = knob(False, "stop once data_dir is there")
     # system
     seed: int = knob(1337, "of the weights, the windows and dropout")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob("auto", "of the arithmetic; weights are float32")
-    gradient_checkpointing: bool = knob(
-        False, "compute activations twice instead of keeping them: less memory, slower"
-    )
+    gradient_checkpointing: bool = knob(False, "compute activations twice, not keep them: less memory, slower")
     auto_batch_size: bool = knob(False, "find the largest micro-batch that fits the GPU; a step stays the same")
     compile: bool = knob(False, "torch.compile the model: slow to start, then faster")
     attn_implementation: Literal["sdpa", "eager", "flex_attention"] = knob("sdpa", "which attention kernels")
@@ -126,7 +124,7 @@ class RunArguments:
 
 SCHEDULE = ("learning_rate", "min_lr", "warmup_iters", "lr_decay_iters", "lr_schedule", "decay_fraction")
 # Flags that shape what is learned, the model's and the data's aside: a resumed run must have the same.
-SHAPING = (*SCHEDULE, "optimizer", "weight_decay", "beta1", "beta2", "grad_clip", "seed")
+SHAPING = (*SCHEDULE, "optimizer", "weight_decay", "beta1", "beta2", "grad_clip", "seed", "windows")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Functions of their arguments alone. A mistake of the user's is a ValueError, in one line.
@@ -158,18 +156,23 @@ def to_device(windows: np.ndarray, device: torch.device) -> tuple[torch.Tensor, 
     """Windows (B, T + 1) as inputs (B, T) and targets (B, T); on CUDA the copy overlaps what the GPU is doing."""
     ids = torch.from_numpy(windows)
     ids = ids.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else ids.to(device)
-    return ids[:, :-1], ids[:, 1:].contiguous()
+    return ids[:, :-1].clamp(min=0), ids[:, 1:].contiguous()  # where there is no target, any input will do
 
 
 def training_batches(
-    stream: TokenStream, args: RunArguments, block_size: int, accelerator: Accelerator, step: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Micro-batches for ever, from optimizer step `step` on; the processes share out the windows of each step."""
-    count = args.gradient_accumulation_steps * args.batch_size
+    stream: TokenStream, draw: Callable, step: int, batch_size: int, block_size: int, accelerator: Accelerator
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, float]]:
+    """Micro-batches for ever, from optimizer step `step` on; the processes share out the windows of draw(step).
+
+    With inputs and targets comes what the sum of their losses is divided by, so that every target of a step counts the
+    same: the mean number of targets in its micro-batches, over all processes.
+    """
     while True:
-        offsets = training_offsets(args.seed, step, count, len(stream), block_size)
-        for mine in offsets.reshape(-1, accelerator.num_processes, args.batch_size)[:, accelerator.process_index]:
-            yield to_device(stream.windows(mine, block_size + 1), accelerator.device)
+        offsets, targets = (part.reshape(-1, accelerator.num_processes, batch_size) for part in draw(step))
+        items = targets.sum().item() / (offsets.size // batch_size)
+        for micro_step in range(len(offsets)):
+            mine = (offsets[micro_step, accelerator.process_index], targets[micro_step, accelerator.process_index])
+            yield *to_device(stream.windows(*mine, block_size), accelerator.device), items
         step += 1
 
 
@@ -188,26 +191,19 @@ def evaluate(
     accelerator: Accelerator,
 ) -> float:
     """Mean loss in nats a token over fixed windows: the same for any batch size and any number of processes."""
-    offsets = evaluation_offsets(len(stream), block_size, tokens)
-    targets_in_all = np.minimum(block_size, len(stream) - 1 - offsets).sum()
-    # Every process runs as many full batches: windows that start at the end of the stream have no target.
-    filling = -len(offsets) % (batch_size * accelerator.num_processes)
-    offsets = np.append(offsets, np.full(filling, len(stream)))
+    windows = evaluation_windows(len(stream), block_size, tokens)
+    # Every process runs as many full batches: those that fill them up have no target.
+    filling = -len(windows[0]) % (batch_size * accelerator.num_processes)
+    padded = (np.append(part, np.zeros(filling, dtype=np.int64)) for part in windows)
+    shared = (part.reshape(-1, accelerator.num_processes, batch_size)[:, accelerator.process_index] for part in padded)
     model.eval()
     sums = []
-    for mine in offsets.reshape(-1, accelerator.num_processes, batch_size)[:, accelerator.process_index]:
-        inputs, targets = to_device(stream.windows(mine, block_size + 1), accelerator.device)
-        # num_items_in_batch=1 turns the mean into the sum
-        loss = model(
-            input_ids=inputs.clamp(min=0),
-            shift_labels=targets,
-            skip_logits=True,
-            use_cache=False,
-            num_items_in_batch=1,
-        ).loss
+    for mine in zip(*shared, strict=True):
+        inputs, targets = to_device(stream.windows(*mine, block_size), accelerator.device)
+        loss = model(inputs, shift_labels=targets, num_items_in_batch=1, **LOSS_ONLY).loss  # so the mean is the sum
         sums.append(loss)
     model.train()
-    return accelerator.gather(torch.stack(sums)).cpu().double().sum().item() / targets_in_all
+    return accelerator.gather(torch.stack(sums)).cpu().double().sum().item() / windows[1].sum()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -228,8 +224,8 @@ def main(argv: list[str]) -> None:
         accelerator = start_accelerator(run_args.dtype, run_args.attn_implementation)
         start = find_start(model_args.init_from, model_args.shape(), out_dir, recipe, SHAPING)
         config, model, state, learned = start.config, start.model, start.state, None
-        if start.resumed:
-            recipe["init_from"] = start.run["recipe"]["init_from"]  # run.yaml repeats the whole run
+        began = start.run.get("recipe", {})  # of a resumed run: run.yaml repeats it from its beginning
+        recipe |= {key: value for key, value in began.items() if key in vars(model_args)}
         if model is not None and not find_ckpt(model_args.init_from):  # nanoGPT's files carry no tokenizer
             learned = load_tokenizer(model_args.init_from, "init_from")
         checkpoints.check_writable(run_args.out_dir)
@@ -248,7 +244,8 @@ def main(argv: list[str]) -> None:
         data = {key: record[key] for key in ("sha256", "vocab_size", "tokens")}
         if start.resumed and start.run["data"] != data:
             raise ValueError(f"data_dir={data_args.data_dir} holds other data than {start.resumed} was trained on")
-        tokenizer = load_tokenizer(data_args.data_dir, "data_dir")
+        data_dir = find_data_dir(data_args.data_dir, data_args.corpus)
+        tokenizer = load_tokenizer(str(data_dir), "data_dir")
         if model is not None and len(tokenizer) > config.vocab_size:
             raise ValueError(
                 f"{data_args.data_dir} has {len(tokenizer)} tokens, but init_from={model_args.init_from} "
@@ -261,14 +258,14 @@ def main(argv: list[str]) -> None:
     disable_progress_bar()  # of saving: the bar here is the loop's
     device = accelerator.device
     tokenizer.model_max_length = config.block_size
-    train, val = open_stream(data_args.data_dir, "train"), open_stream(data_args.data_dir, "val")
+    train, val = open_stream(data_dir, "train"), open_stream(data_dir, "val")
 
     # -----------------------------------------------------------------------------------------------------------------
     # Model
     set_seed(run_args.seed)
-    if model is None:
+    if model_args.init_from == "scratch":
         config.vocab_size = -(-len(tokenizer) // 64) * 64  # a multiple of 64 is faster
-        model = NanoGPTForCausalLM(config)
+    model = NanoGPTForCausalLM(config) if model is None else model
     know_tokens(model, len(tokenizer), tokenizer.eos_token_id)
     model.set_attn_implementation(run_args.attn_implementation)
     if run_args.gradient_checkpointing:
@@ -332,11 +329,13 @@ def main(argv: list[str]) -> None:
 
     # -----------------------------------------------------------------------------------------------------------------
     # The loop: one step is one optimizer update
-    batches = training_batches(train, run_args, config.block_size, accelerator, state.step)
-    inputs, targets = next(batches)
+    draw = partial(training_windows, data_args.windows, run_args.seed)
+    draw = partial(draw, count=windows, stream_length=len(train), block_size=config.block_size)
+    batches = training_batches(train, draw, state.step, run_args.batch_size, config.block_size, accelerator)
+    inputs, targets, items = next(batches)
     seen = StepRecord(accelerator)  # what the steps came to
     logged_step, logged_at = state.step, time.perf_counter()
-    signals, stop = Signals(), 0
+    signals, stop, failed = Signals(), 0, ""
     total = run_args.max_iters
     bar = Progress(accelerator, state.step, total, visible=not run_args.eval_only)
     for step in range(state.step, total + 1):
@@ -350,7 +349,7 @@ def main(argv: list[str]) -> None:
             trackers.log(state.history[-1])
             bar.say(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
             better = val_loss < state.best_val_loss
-            state.best_val_loss = min(val_loss, state.best_val_loss)
+            state.best_val_loss = min(state.best_val_loss, val_loss)  # which nan never is
             if step > 0 and (better or run_args.always_save_checkpoint) and not run_args.eval_only:
                 save_model()
             logged_at += time.perf_counter() - paused_at  # tokens/s counts training alone
@@ -362,12 +361,12 @@ def main(argv: list[str]) -> None:
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        # forward, backward, update; every micro-batch has as many targets, so the mean of their means is the mean
+        # forward, backward, update
         seed_dropout(run_args.seed, step, accelerator.process_index)
         for _ in range(micro_steps):
             with accelerator.accumulate(model):
-                loss = model(input_ids=inputs, shift_labels=targets, skip_logits=True, use_cache=False).loss
-                inputs, targets = next(batches)  # fetched while the device is busy with the forward pass
+                loss = model(inputs, shift_labels=targets, num_items_in_batch=items, **LOSS_ONLY).loss
+                inputs, targets, items = next(batches)  # fetched while the device is busy with the forward pass
                 accelerator.backward(loss)  # divides by micro_steps, and scales in fp16
                 seen.add_loss(loss)
                 if accelerator.sync_gradients:
@@ -384,12 +383,12 @@ def main(argv: list[str]) -> None:
         logging = state.step % run_args.log_interval == 0
         if saving or logging:
             for index, micro_batches in seen.look(state):
-                offsets = training_offsets(run_args.seed, index, windows, len(train), config.block_size)
-                bar.say(name_skipped(index, micro_batches, offsets.reshape(-1, processes, run_args.batch_size)))
-            if state.nonfinite >= run_args.max_nonfinite_steps:
-                last = checkpoints.newest_complete(out_dir)
-                bar.say(f"stopped after {state.nonfinite} such steps in a row; the last good checkpoint is {last}")
-                sys.exit(1)
+                offsets = draw(index)[0].reshape(-1, processes, run_args.batch_size)
+                bar.say(name_skipped(index, micro_batches, offsets))
+            if seen.most_in_a_row >= run_args.max_nonfinite_steps:
+                last = checkpoints.newest_complete(out_dir) or "none yet"
+                failed = f"stopped after {seen.most_in_a_row} such steps in a row; the last good checkpoint: {last}"
+                break
         if logging:
             rate = (state.step - logged_step) / (time.perf_counter() - logged_at)  # steps a second
             entry = seen.summary(state) | {"lr": lr, "tokens_per_second": rate * step_tokens}
@@ -409,16 +408,17 @@ def main(argv: list[str]) -> None:
     bar.close()
     signals.restore()
     trackers.finish()
-    if stop:
+    failed = failed or saves.failed
+    if stop and not failed:
         accelerator.print(f"stopped by a signal after step {state.step}; --init_from=resume goes on from there")
-    elif not run_args.eval_only:
+    elif not failed and not run_args.eval_only:
         accelerator.print(f"best val loss {state.best_val_loss:.4f}; the model is in {out_dir}")
     # Wait for the last save. Besides, a process that left at once could hang in gloo's destructor, which holds the GIL
     # while a thread of its own still needs it to free the last gathered tensor.
     accelerator.wait_for_everyone()
     accelerator.end_training()
-    if stop or saves.failed:
-        sys.exit(128 + stop if stop else f"train_accelerate.py: error: {saves.failed}")
+    if stop or failed:
+        sys.exit(f"train_accelerate.py: error: {failed}" if failed else 128 + stop)
 
 
 def run(argv: list[str]) -> None:

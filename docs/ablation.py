@@ -42,7 +42,7 @@ WIDE = {
     "n_head": 4,
     "n_embd": 256,
     "dtype": "bfloat16",
-    "max_iters": 250,
+    "max_iters": 300,
     "eval_tokens": 50_000,
 }
 
@@ -131,7 +131,9 @@ CHANGES = {
     "AdamW at 4e-3": {"optimizer": "adamw", "warmup_iters": 50, "learning_rate": 4e-3},
     "AdamW at 8e-3": {"optimizer": "adamw", "warmup_iters": 50, "learning_rate": 8e-3},
     "learning_rate 0.01": {"learning_rate": 0.01},
+    "learning_rate 0.03": {"learning_rate": 0.03},
     "learning_rate 0.04": {"learning_rate": 0.04},
+    "AdamW's rates a half more": {"patch": constant("ADAMW_RATE", 12.0)},
     "cosine to zero": {"lr_schedule": "cosine"},
     "linear to a tenth": {"min_lr": 0.002},
     "wsd, decay_fraction 0.4": {"lr_schedule": "wsd"},
@@ -158,11 +160,11 @@ WIDTHS = {
 }
 RECIPES = {
     "nanoGPT's": {"eval_interval": 100},
-    "fast": FAST | {"eval_interval": 250},
+    "fast": FAST | {"eval_interval": 400},
     "fast, 450 steps": FAST | {"max_iters": 450, "eval_interval": 75},
 }
 STUDIES = {
-    "cpu": (FAST | CPU | {"max_iters": 250}, CHANGES),
+    "cpu": (FAST | CPU | {"max_iters": 200}, CHANGES),
     "widths": (FAST | CPU | {"max_iters": 200}, WIDTHS),
     "wide": (WIDE | FAST, CHANGES),
     "recipes": (CPU, RECIPES),

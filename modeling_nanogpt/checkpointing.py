@@ -13,6 +13,7 @@ import dataclasses
 import json
 import math
 import os
+import pickle
 import shutil
 import sys
 import tempfile
@@ -65,15 +66,15 @@ def check_writable(folder: str) -> None:
 def written_aside(folder: Path) -> Iterator[Path]:
     """Yield an empty folder to write into; on leaving, its files replace those of the same names in `folder`.
 
-    A crash before that leaves `folder` as it was. The renames themselves are atomic one by one, and a model's weights
-    are one of the files, so whatever stands in `folder` loads.
+    A crash before that leaves `folder` as it was. The renames themselves are atomic one by one, and a model's weights,
+    which are one of the files, come last: where there are weights, there is all that they need to load.
     """
     staging = folder / ".saving"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     try:
         yield staging
-        for path in staging.iterdir():
+        for path in sorted(staging.iterdir(), key=lambda path: path.suffix == ".safetensors"):
             flush(path)
             os.replace(path, folder / path.name)
     finally:
@@ -109,7 +110,7 @@ def scatter_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer, te
 def write_checkpoint(out_dir: Path, state: TrainState, tensors: dict, run: dict) -> None:
     """Write the checkpoint of a step. `run` is what the run is: its recipe, the model's shape, its data."""
     folder = out_dir / "checkpoints" / f"step-{state.step:08d}"
-    staging = folder.with_name("." + folder.name)
+    staging = folder.with_name(".saving")  # one name: what a killed run left there, the next save clears away
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     try:
@@ -162,17 +163,25 @@ def newest_complete(out_dir: Path) -> Path | None:
     return None
 
 
+def read_tensors(folder: Path, mapped: bool) -> dict:
+    """What gather_tensors returned, loaded or only mapped; no code that the file may hold is run.
+
+    Raises ValueError where the file is another one.
+    """
+    try:
+        return torch.load(folder / TENSORS, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError:
+        raise ValueError(f"{folder / TENSORS} holds more than tensors, and code in it is not run") from None
+    except (OSError, RuntimeError, EOFError, ValueError):
+        raise ValueError(f"{folder / TENSORS} is damaged: name an older checkpoint by --init_from") from None
+
+
 def restore(
     folder: Path, state: TrainState, model: torch.nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator
 ) -> None:
-    """Put a checkpoint's tensors into the prepared model and optimizer, and its loss scaler's state into ours.
-
-    The tensors are mapped rather than loaded, and no code that the file may hold is run.
-    """
-    tensors = {}
-    if accelerator.is_main_process:
-        tensors = torch.load(folder / TENSORS, map_location="cpu", weights_only=True, mmap=True)
-    scatter_tensors(model, optimizer, tensors)
+    """Put a checkpoint's tensors into the prepared model and optimizer, and its loss scaler's state into ours."""
+    mapped = accelerator.device.type != "cpu"  # there the optimizer would go on with these very tensors
+    scatter_tensors(model, optimizer, read_tensors(folder, mapped) if accelerator.is_main_process else {})
     if accelerator.scaler and state.scaler:
         accelerator.scaler.load_state_dict(state.scaler)
 

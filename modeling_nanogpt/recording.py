@@ -15,6 +15,7 @@ class StepRecord:
     def __init__(self, accelerator: Accelerator):
         self._accelerator = accelerator
         self._losses, self._norms, self._norm = [], [], 0.0
+        self.most_in_a_row = 0  # skipped steps, since the run started
 
     def add_loss(self, loss: torch.Tensor) -> None:
         """A micro-batch's mean loss, () in nats a token."""
@@ -44,6 +45,7 @@ class StepRecord:
             finite = math.isfinite(norm)
             state.losses.append(losses.mean().item() if finite else None)
             state.nonfinite = 0 if finite else state.nonfinite + 1
+            self.most_in_a_row = max(self.most_in_a_row, state.nonfinite)
             if not finite:
                 skipped.append((state.step - len(norms) + i, (~losses.isfinite()).nonzero().tolist()))
         self._norm = norms[-1]

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import sys
 import time
 
 import torch
@@ -25,7 +24,8 @@ class Signals:
             self._save = True
         elif not self._stop:
             self._stop, self._stopped_at = number, time.monotonic()
-            print(f"{signal.Signals(number).name}: saving after this step; again to quit at once", file=sys.stderr)
+            line = f"{signal.Signals(number).name}: saving after this step; again to quit at once\n"
+            os.write(2, line.encode())  # print would fail where the signal has interrupted one
         elif time.monotonic() - self._stopped_at > 1:  # within a second it is a launcher that passes on the first
             os._exit(128 + number)
 

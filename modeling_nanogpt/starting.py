@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 
-from .checkpointing import TrainState, list_checkpoints, newest_complete, read_checkpoint
+from .checkpointing import TrainState, list_checkpoints, newest_complete, read_checkpoint, read_tensors
 from .configuration_nanogpt import NanoGPTConfig
 from .modeling_nanogpt import NanoGPTForCausalLM
 from .sources import check_given, choose_config, load_model
@@ -37,18 +37,14 @@ def find_start(init_from: str, shape: dict, out_dir: Path, recipe: dict, shaping
         state, run = read_checkpoint(folder)
         config = NanoGPTConfig(**run["config"])
         check_given(config, shape, init_from)
-        check_same_run(folder, run, recipe, shaping)
+        check_same_run(folder, state.step, run, recipe, shaping)
         start = Start(config, state=state, resumed=folder, run=run)
     else:
         config = choose_config(init_from, shape)
         start = Start(config, None if init_from == "scratch" else load_model(init_from, config))
-    here = list_checkpoints(out_dir)
-    if folder in here:
-        start.superseded = here[here.index(folder) + 1 :]
-    else:
-        start.superseded = here
-        if not (recipe["eval_only"] or recipe["prepare_only"]):  # which overwrite nothing
-            check_unfinished(out_dir)
+    start.superseded = superseded_by(out_dir, folder)
+    if not (recipe["eval_only"] or recipe["prepare_only"]):  # which overwrite nothing
+        check_unfinished(out_dir, folder)
     return start
 
 
@@ -61,21 +57,27 @@ def find_resumed(init_from: str, out_dir: Path) -> Path | None:
         folder = newest_complete(out_dir)
         if folder is None:
             raise ValueError(f"init_from=resume, but {out_dir}/checkpoints holds no complete checkpoint")
-        return folder
-    folder = Path(init_from)
-    if folder.parent.name != "checkpoints":
-        return None
+    else:
+        folder = Path(init_from)
+        if folder.parent.name != "checkpoints":
+            return None
     try:
         read_checkpoint(folder)
+        read_tensors(folder, mapped=True)
     except ValueError as mistake:
         raise ValueError(f"init_from={mistake}") from None
     return folder
 
 
-def check_unfinished(out_dir: Path) -> None:
-    """Raise ValueError where an out_dir holds a run that has not come to its end, which a new one would overwrite."""
+def is_within(resumed: Path | None, out_dir: Path) -> bool:
+    """Whether a checkpoint to go on from is one of out_dir's own."""
+    return resumed is not None and resumed.parent.resolve() == (out_dir / "checkpoints").resolve()
+
+
+def check_unfinished(out_dir: Path, resumed: Path | None) -> None:
+    """Raise ValueError where an out_dir holds a run that has not come to its end, which another would overwrite."""
     folder = newest_complete(out_dir)
-    if folder is None:
+    if folder is None or is_within(resumed, out_dir):
         return
     state, run = read_checkpoint(folder)
     if state.step < run["recipe"]["max_iters"]:
@@ -85,11 +87,19 @@ def check_unfinished(out_dir: Path) -> None:
         )
 
 
-def check_same_run(folder: Path, run: dict, recipe: dict, shaping: Iterable[str]) -> None:
+def superseded_by(out_dir: Path, resumed: Path | None) -> list[Path]:
+    """The checkpoints in out_dir that a run makes void: those beyond where it goes on; all of them if it is new."""
+    goes_on = is_within(resumed, out_dir)
+    return [folder for folder in list_checkpoints(out_dir) if not goes_on or folder.name > resumed.name]
+
+
+def check_same_run(folder: Path, step: int, run: dict, recipe: dict, shaping: Iterable[str]) -> None:
     """Raise ValueError where a recipe contradicts the one that a checkpoint was trained with, in a `shaping` flag.
 
-    Batches may be cut another way, as long as a step sees as many windows.
+    Batches may be cut another way, as long as a step sees as many windows; and a run may be made longer.
     """
+    if recipe["max_iters"] < step:
+        raise ValueError(f"max_iters={recipe['max_iters']}, but {folder} has seen {step} steps already")
     windows = [flags["batch_size"] * flags["gradient_accumulation_steps"] for flags in (recipe, run["recipe"])]
     if windows[0] != windows[1]:
         raise ValueError(

@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -20,10 +19,10 @@ from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase, 
 
 from tokenization.arguments import DataArguments
 from tokenization.bpe import train_bpe_tokenizer
-from tokenization.char import train_char_tokenizer
-from tokenization.corpora import STDLIB, find_documents, load_corpus, read_corpus, split_documents
-from tokenization.encoding import ROW, encode
-from tokenization.prepare import hash_documents, main, prepare
+from tokenization.corpora import STDLIB, open_corpus
+from tokenization.prepare import main, prepare
+from tokenization.shards import ROW, SplitWriter
+from tokenization.splits import is_val
 from tokenization.windows import open_stream
 
 PROJECT = Path(__file__).parent.parent
@@ -66,6 +65,14 @@ def stored_ids(data_dir, split):
     ids = rows.reshape(-1)
     assert not ids[count:].any()
     return ids[:count].tolist()
+
+
+def split_documents(documents):
+    """The documents of each split, where there are several."""
+    return {
+        split: [text for i, text in enumerate(documents) if is_val(i, 0.1) == (split == "val")]
+        for split in ("train", "val")
+    }
 
 
 def joined_ids(tokenizer, documents, end):
@@ -121,136 +128,25 @@ def prepared(tmp_path_factory):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Corpora
+# Rows
 
 
-def test_the_standard_library_is_a_corpus_of_hundreds_of_documents():
-    root = Path(sysconfig.get_path("stdlib"))
-    paths = [path.relative_to(root) for path in find_documents(STDLIB)]
-    assert len(paths) > 300
-    assert paths == sorted(set(paths), key=Path.as_posix)  # the same on every machine that has the same files
-    assert {"argparse.py", "textwrap.py", "json/decoder.py"} <= {path.as_posix() for path in paths}
-    for path in paths:
-        assert not {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"} & set(path.parts)
-        assert path.suffix == ".py"
-
-
-def test_every_document_of_the_standard_library_reads_as_its_file():
-    texts = list(read_corpus(STDLIB))
-    files = [path.read_bytes() for path in find_documents(STDLIB)]
-    files = [content for content in files if content]
-    assert len(texts) == len(files)
-    for text, content in zip(texts, files, strict=True):
-        try:
-            expected = content.decode("utf-8-sig")
-        except UnicodeDecodeError:
-            continue  # a file that names another encoding; read in a test below
-        assert text == expected
-
-
-def test_a_python_file_may_name_its_encoding(tmp_path):
-    (tmp_path / "old.py").write_bytes(b"# -*- coding: latin-1 -*-\r\n# caf\xe9\r\n")
-    assert list(read_corpus(str(tmp_path / "old.py"))) == ["# -*- coding: latin-1 -*-\r\n# caf\u00e9\r\n"]
-
-
-def test_a_folder_gives_its_txt_files_sorted_and_none_that_is_empty(tmp_path):
-    for name, text in {"b.txt": "B", "sub/a.txt": "SA", "a.txt": "A", "empty.txt": "", "c.md": "C"}.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text)
-    assert list(read_corpus(str(tmp_path))) == ["A", "B", "SA"]
-    assert list(read_corpus(f"{tmp_path}/*.txt")) == ["A", "B"]
-    assert list(read_corpus(f"{tmp_path}/**/*.txt")) == ["A", "B", "SA"]
-    assert list(read_corpus(f"{tmp_path}/*.md")) == ["C"]
-
-
-def test_a_folder_that_is_named_like_a_text_is_none(tmp_path):
-    write_corpus(tmp_path / "corpus", ["one", "two"])
-    (tmp_path / "corpus" / "notes.txt").mkdir()
-    assert list(read_corpus(str(tmp_path / "corpus"))) == ["one", "two"]
-
-
-def test_a_file_whose_name_looks_like_a_glob_is_that_file(tmp_path):
-    assert list(read_corpus(write_text(tmp_path / "chapter[1].txt", "one"))) == ["one"]
-
-
-def test_line_ends_and_odd_characters_are_kept(tmp_path):
-    text = "\ufeffa\r\nb\rc\n\x0b\x0c\x1c\x85\u2028\u2029d\0e\t  \n\r\n"
-    assert list(read_corpus(write_text(tmp_path / "text.txt", text))) == [text]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Splits
-
-
-@pytest.mark.parametrize("length", [1, 9, 10, 11, 1000, 1001])
-def test_one_document_is_cut_at_nine_tenths_of_its_characters(length):
-    text = "".join(chr(0x4E00 + i) for i in range(length))
-    assert split_documents([text]) == {"train": [text[: int(length * 0.9)]], "val": [text[int(length * 0.9) :]]}
-
-
-@pytest.mark.parametrize("count, held_out", [(2, 1), (3, 1), (10, 1), (19, 1), (25, 2), (100, 10), (101, 10)])
-def test_of_several_documents_every_tenth_or_so_is_for_validation(count, held_out):
-    documents = [f"document {i}" for i in range(count)]
-    splits = split_documents(documents)
-    places = [documents.index(text) for text in splits["val"]]
-    assert len(places) == held_out and splits["train"]
-    assert splits["train"] == [text for i, text in enumerate(documents) if i not in places]
-    gaps = np.diff([-1, *places])
-    assert gaps.min() >= 1 and gaps.max() - gaps.min() <= 1  # evenly spaced, in order, none twice
-    assert gaps.max() <= -(-count // held_out)
-
-
-def test_the_splits_are_datasets_with_a_row_for_each_document():
-    documents = [f"text {i}\r\n" for i in range(25)]
-    loaded = load_corpus(documents)
-    assert loaded["train"].column_names == loaded["val"].column_names == ["text"]
-    assert {split: list(loaded[split]["text"]) for split in loaded} == split_documents(documents)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Encoding
-
-
-def make_texts(count):
-    """Texts of 1 to 60 words, some of which spell the special token or a byte token."""
-    dice = np.random.default_rng(0)
-    words = ["fox", "dogs\r\n", "\n\n", "  ", END, "<0x41>", "caf\u00e9", "\U0001f600", "\0", "the", "of"]
-    return [" ".join(dice.choice(words, dice.integers(1, 60))) for _ in range(count)]
-
-
-@pytest.mark.parametrize("end", [True, False])
-@pytest.mark.parametrize("make", [train_char_tokenizer, lambda texts: train_bpe_tokenizer(texts, 300)])
-def test_encoding_is_plain_concatenation(make, end):
-    texts = make_texts(1203)  # more than one batch of `map`, and than the 1000 rows of a record batch
-    tokenizer = make(texts[:100])
-    rows, count = encode(load_corpus([*texts, "val"])["train"], tokenizer, end, "tokenize")
-    expected = joined_ids(tokenizer, split_documents([*texts, "val"])["train"], end)
-    assert count == len(expected)
-    assert rows.column_names == ["input_ids"]
-    ids = np.array(rows.with_format("numpy")["input_ids"][:])
-    assert ids.shape == (-(-count // ROW), ROW) and len(ids) > 9
-    assert ids.reshape(-1)[:count].tolist() == expected
-    assert not ids.reshape(-1)[count:].any()
-    assert expected.count(tokenizer.eos_token_id) == (len(split_documents([*texts, "val"])["train"]) if end else 0)
-
-
-@pytest.mark.parametrize("length", [1, ROW - 1, ROW, ROW + 1, 3 * ROW])
-def test_only_the_last_row_is_filled_up(length):
-    tokenizer = train_char_tokenizer(["ab"])
-    rows, count = encode(load_corpus(["b" * length, "a"])["train"], tokenizer, False, "tokenize")
-    assert count == length
-    assert len(rows) == -(-length // ROW)
-    assert np.array(rows["input_ids"][:]).sum() == length  # b is 1, and the filling is 0
+@pytest.mark.parametrize("length", [1, 9, ROW, 10 * ROW, 10 * ROW + 10, 40 * ROW + 3])
+def test_only_the_last_row_is_filled_up(tmp_path, length):
+    text = "ab" * length
+    prepare_flags(1, corpus=write_text(tmp_path / "text.txt", text), data_dir=tmp_path / "data", val_fraction=0.5)
+    assert stored_ids(tmp_path / "data", "train") + stored_ids(tmp_path / "data", "val") == [0, 1] * length
 
 
 @pytest.mark.parametrize("size, dtype", [(2**16, "uint16"), (2**16 + 1, "uint32")])
-def test_ids_are_as_small_as_the_vocabulary_allows(size, dtype):
-    tokenizer = make_word_level(size)
+def test_ids_are_as_small_as_the_vocabulary_allows(tmp_path, size, dtype):
+    make_word_level(size).save_pretrained(tmp_path / "words")
     largest = size - 2
-    texts = load_corpus([f"w0 w{largest} w7", "w1"])
-    rows, count = encode(texts["train"], tokenizer, True, "tokenize")
+    corpus = write_corpus(tmp_path / "corpus", [f"w0 w{largest} w7", "w1"])
+    prepare_flags(corpus=corpus, data_dir=tmp_path / "data", tokenizer=tmp_path / "words")
+    rows = datasets.load_from_disk(str(tmp_path / "data"))["train"]
     assert rows.features["input_ids"].feature.dtype == dtype
-    assert rows["input_ids"][0][:count] == [0, largest, 7, size - 1]
+    assert rows["input_ids"][0][:4] == [0, largest, 7, size - 1]
 
 
 def test_ids_beyond_16_bits_reach_the_stream(tmp_path):
@@ -263,7 +159,7 @@ def test_ids_beyond_16_bits_reach_the_stream(tmp_path):
         "val": "uint32",
     }
     train = open_stream(str(tmp_path / "data"), "train")
-    assert train.windows(np.array([0]), 5).tolist() == [[69_998, 65_536, 1, 69_999, -100]]
+    assert train.windows(np.array([0]), np.array([3]), 4).tolist() == [[69_998, 65_536, 1, 69_999, -100]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -303,7 +199,8 @@ def test_a_stream_holds_what_datasets_reads(prepared):
         column = datasets.load_from_disk(str(prepared / "bpe"))[split].features["input_ids"]
         assert (column.feature.dtype, column.length) == ("uint16", ROW)
         stream = open_stream(str(prepared / "bpe"), split)
-        assert stream.windows(np.array([0]), len(ids) + 1).tolist() == [[*ids, -100]]
+        count = len(ids)
+        assert stream.windows(np.array([0]), np.array([count - 1]), count).tolist() == [[*ids, -100]]
 
 
 def test_char_knows_the_characters_of_both_splits_and_bpe_learns_from_train_alone(tmp_path):
@@ -332,16 +229,20 @@ def test_the_record_says_what_was_made_from_what(prepared):
 
 
 def test_bytes_are_those_of_utf8(tmp_path):
-    documents = ["\u00e9" * 10, "\U0001f600" * 5, "ab"]
+    documents = ["\u00e9" * 10, "\U0001f600" * 5, "ab"]  # the second is for validation
     record = prepare_flags(corpus=write_corpus(tmp_path / "corpus", documents), data_dir=tmp_path / "data")
-    assert record["bytes"] == {"train": 40, "val": 2}
-    assert record["tokens"] == {"train": 17, "val": 3}  # one for each character, and one for each document
+    assert record["bytes"] == {"train": 22, "val": 20}
+    assert record["tokens"] == {"train": 14, "val": 6}  # one for each character, and one for each document
 
 
-def test_the_hash_tells_texts_orders_and_borders_apart():
+def test_the_hash_tells_texts_orders_and_borders_apart(tmp_path):
     corpora = [["ab"], ["a", "b"], ["b", "a"], ["a\0b"], ["a", "b\n"], ["a", "b", "b"], ["a\0", "b"], ["a", "\0b"]]
-    assert len({hash_documents(documents) for documents in corpora}) == len(corpora)
-    assert hash_documents(["caf\u00e9\r\n"]) == hashlib.sha256("caf\u00e9\r\n".encode()).hexdigest()
+    hashes = set()
+    for i, documents in enumerate(corpora):
+        corpus = open_corpus(DataArguments(corpus=write_corpus(tmp_path / str(i), documents)))
+        assert len(list(corpus.read())) == len(documents)
+        hashes.add(corpus.sha256)
+    assert len(hashes) == len(corpora)
 
 
 def test_a_data_dir_holds_only_what_the_record_explains(prepared):
@@ -393,7 +294,7 @@ def test_the_tokenizer_of_another_data_dir_gives_its_ids(prepared, tmp_path):
         record = prepare_flags(corpus=corpus, data_dir=tmp_path / "data", tokenizer=prepared / "bpe")
     assert record["vocab_size"] == 300
     tokenizer = AutoTokenizer.from_pretrained(prepared / "bpe")
-    expected = joined_ids(tokenizer, ["lazy dogs", "the quick brown fox"], end=True)
+    expected = joined_ids(tokenizer, ["lazy dogs", f"{END} \u20ac"], end=True)
     assert stored_ids(tmp_path / "data", "train") == expected
     assert AutoTokenizer.from_pretrained(tmp_path / "data").get_vocab() == tokenizer.get_vocab()
 
@@ -464,13 +365,13 @@ def test_a_foreign_record_is_refused_by_name(prepared, tmp_path, content, corpus
 
 
 @pytest.mark.parametrize("failure", [OSError("No space left on device"), KeyboardInterrupt()], ids=repr)
-@pytest.mark.parametrize("owner, at", [(PreTrainedTokenizerBase, "save_pretrained"), (Path, "rename")])
+@pytest.mark.parametrize("owner, at", [(PreTrainedTokenizerBase, "save_pretrained"), (SplitWriter, "finish_file")])
 def test_a_failure_in_the_middle_leaves_nothing(tmp_path, monkeypatch, owner, at, failure):
     corpus = write_text(tmp_path / "text.txt")
     before = files_of(tmp_path)
 
     def fail(self, *args, **kwargs):
-        assert (tmp_path / "data.partial" / "train").is_dir()  # it is the middle
+        assert (tmp_path / "data.partial" / "lock").exists()  # it is the middle
         raise failure
 
     with monkeypatch.context() as patched:
@@ -524,6 +425,7 @@ def test_the_command_writes_the_same_ids_from_any_folder(prepared, tmp_path):
         assert (made / file.relative_to(expected)).read_bytes() == file.read_bytes(), file.name
     records = [json.loads((folder / "prepared.json").read_text()) for folder in (made, expected)]
     assert records[0].pop("corpus") == "../text.txt" and records[1].pop("corpus")
+    assert records[0].pop("fingerprint") != records[1].pop("fingerprint")  # another path
     assert records[0] == records[1]
     train, val, whole = child.stdout.splitlines()
     assert train.startswith("train: ") and f" {records[0]['tokens']['train']:,} tokens" in train

@@ -8,14 +8,14 @@ import sys
 import textwrap
 from pathlib import Path
 
-import numpy as np
 import pytest
 import regex
+import tiktoken
 from transformers import AutoTokenizer
 
 from tokenization.bpe import train_bpe_tokenizer
-from tokenization.char import train_char_tokenizer
-from tokenization.corpora import read_document, split_documents
+from tokenization.char import read_char_tokenizer, train_char_tokenizer
+from tokenization.gpt2 import make_gpt2_tokenizer
 
 END = "<|endoftext|>"
 BPE_SIZE = 600
@@ -53,6 +53,10 @@ HARD_TEXTS = [
 ]
 
 MODES = ["char", "bpe"]
+
+needs_gpt2 = pytest.mark.skipif(
+    "TIKTOKEN_CACHE_DIR" not in os.environ, reason="TIKTOKEN_CACHE_DIR names no folder with GPT-2's vocabulary"
+)
 
 
 def make_tokenizer(mode):
@@ -339,18 +343,37 @@ def test_encoding_training_text_does_not_change_what_is_saved(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Tiny Shakespeare, as nanoGPT prepares it
+# Made from a text file, as nanoGPT has it
 
 
-@pytest.mark.skipif("TINYSHAKESPEARE" not in os.environ, reason="TINYSHAKESPEARE does not name the text file")
-def test_tiny_shakespeare_is_split_and_encoded_as_by_nanogpt():
-    text = read_document(Path(os.environ["TINYSHAKESPEARE"]))
-    splits = split_documents([text])
-    assert [len(document) for document in splits["train"]] == [1_003_854]
-    assert [len(document) for document in splits["val"]] == [111_540]
-    assert splits["train"][0] + splits["val"][0] == text
-    tokenizer = train_char_tokenizer([text])
-    assert len(tokenizer) == 65 + 256 + 1
-    codes = np.array([ord(character) for character in text])
-    expected = np.searchsorted(np.unique(codes), codes)
-    np.testing.assert_array_equal(np.array(encode(tokenizer, text)), expected)
+def test_the_characters_of_a_file_are_the_whole_vocabulary(tmp_path):
+    (tmp_path / "text.txt").write_bytes(TEXT.encode())
+    tokenizer = read_char_tokenizer(tmp_path / "text.txt")
+    characters = sorted(set(TEXT))
+    assert tokenizer.get_vocab() == {character: i for i, character in enumerate(characters)}
+    assert encode(tokenizer, TEXT) == [characters.index(character) for character in TEXT]
+    assert tokenizer.decode(encode(tokenizer, TEXT)) == TEXT
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# gpt2
+
+
+@needs_gpt2
+def test_gpt2_is_an_ordinary_tokenizer_that_loses_nothing(tmp_path):
+    make_gpt2_tokenizer().save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert len(tokenizer) == 50_257 and tokenizer.eos_token == END and tokenizer.eos_token_id == 50_256
+    assert encode(tokenizer, "Hello world") == [15496, 995]
+    for text in [TEXT, *HARD_TEXTS, *random_texts(200, seed=6)]:
+        assert tokenizer.decode(encode(tokenizer, text)) == text
+
+
+def test_without_a_network_gpt2_names_the_way_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
+    for name in ("http_proxy", "https_proxy", "HTTPS_PROXY", "HTTP_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nothing listens there
+    with pytest.raises(ValueError, match="tokenizer=gpt2: .*TIKTOKEN_CACHE_DIR") as raised:
+        make_gpt2_tokenizer()
+    assert "\n" not in str(raised.value)

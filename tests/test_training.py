@@ -135,7 +135,8 @@ def whole_split_loss(run, split: str) -> float:
     """Mean loss over all targets of a split in windows side by side, one window at a time, in float64."""
     model = AutoModelForCausalLM.from_pretrained(run.out_dir, trust_remote_code=False).double().eval()
     stream = open_stream(run.data_dir, split)
-    ids = torch.from_numpy(stream.windows(np.array([0]), len(stream))[0])
+    rest = len(stream) - 1
+    ids = torch.from_numpy(stream.windows(np.array([0]), np.array([rest]), rest)[0])
     total = 0.0
     with torch.no_grad():
         for start in range(0, len(ids) - 1, TINY["block_size"]):

@@ -6,9 +6,19 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tokenization import windows as windows_module
-from tokenization.windows import NO_TARGET, TokenStream, evaluation_offsets, open_stream, training_offsets
+from tokenization.windows import (
+    NO_TARGET,
+    TokenStream,
+    epoch_windows,
+    evaluation_windows,
+    open_stream,
+    permute,
+    training_windows,
+)
 
 ROW = 1024
 
@@ -19,10 +29,18 @@ def cut(ids, sizes):
     return np.split(ids, np.cumsum(sizes)[:-1])
 
 
-def sliced_windows(ids, offsets, width):
-    """What TokenStream.windows should return, by plain slices of one array."""
-    longer = np.concatenate([ids.astype(np.int64), np.full(max(offsets) + width, NO_TARGET)])
-    return np.stack([longer[offset : offset + width] for offset in offsets])
+def sliced_windows(ids, offsets, targets, block_size):
+    """What TokenStream.windows should return, one id at a time on a circle of ids."""
+    windows = np.full((len(offsets), block_size + 1), NO_TARGET, dtype=np.int64)
+    for i, (offset, count) in enumerate(zip(offsets, targets, strict=True)):
+        for k in range(count + 1):
+            windows[i, k] = ids[(offset + k) % len(ids)]
+    return windows
+
+
+def whole(stream, length):
+    """The first `length` ids of a stream."""
+    return stream.windows(np.array([0]), np.array([length - 1]), length - 1)[0]
 
 
 def write_data_dir(folder, ids, padding, **saving):
@@ -45,40 +63,47 @@ def write_data_dir(folder, ids, padding, **saving):
     ids=["one", "two", "of one", "rising", "falling", "some empty"],
 )
 @pytest.mark.parametrize("length", [40, 39, 33, 18], ids=["full", "tail of 1", "tail of 7", "tail of 22"])
-def test_windows_are_slices_at_every_offset_and_width(dtype, sizes, length):
+def test_windows_are_slices_of_a_circle_at_every_offset_and_width(dtype, sizes, length):
     # ids from the top of the range: a detour through a smaller type would change them; 999 marks the padding
     ids = np.arange(np.iinfo(dtype).max - 39, np.iinfo(dtype).max + 1, dtype=np.int64).astype(dtype)
     ids[length:] = 999
     stream = TokenStream(cut(ids, sizes), length)
     assert len(stream) == length
-    offsets = np.arange(length + 9)
-    for width in (1, 2, 3, 8, 23, 40, 47):
-        windows = stream.windows(offsets, width)
-        assert windows.dtype == np.int64
-        np.testing.assert_array_equal(windows, sliced_windows(ids[:length], offsets, width))
+    offsets = np.arange(length)
+    for block_size in (0, 1, 2, 7, 22, 39, 46):
+        for targets in {0, 1, block_size // 2, max(block_size - 1, 0), block_size}:
+            if targets <= block_size:
+                counts = np.full(length, targets)
+                windows = stream.windows(offsets, counts, block_size)
+                assert windows.dtype == np.int64
+                expected = sliced_windows(ids[:length], offsets, counts, block_size)
+                np.testing.assert_array_equal(windows, expected)
 
 
-def test_windows_come_in_the_order_of_the_offsets():
-    stream = TokenStream(cut(np.arange(30, dtype=np.uint16), [11, 19]), 30)
-    offsets = np.array([25, 3, 3, 10, 0, 30, 9])
-    np.testing.assert_array_equal(stream.windows(offsets, 4), sliced_windows(np.arange(30), offsets, 4))
+@settings(deadline=None, derandomize=True, max_examples=200)
+@given(st.data())
+def test_any_windows_of_any_chunks_are_slices_of_a_circle(data):
+    sizes = data.draw(st.lists(st.integers(0, 9), min_size=1, max_size=8).filter(sum))
+    length = data.draw(st.integers(1, sum(sizes)))
+    block_size = data.draw(st.integers(0, 30))
+    stream = TokenStream(cut(np.arange(sum(sizes), dtype=np.uint16), sizes), length)
+    offsets = np.array(data.draw(st.lists(st.integers(0, length - 1), max_size=5)), dtype=np.int64)
+    targets = np.array([data.draw(st.integers(0, block_size)) for _ in offsets], dtype=np.int64)
+    windows = stream.windows(offsets, targets, block_size)
+    np.testing.assert_array_equal(windows, sliced_windows(np.arange(length), offsets, targets, block_size))
 
 
 def test_no_offsets_give_no_windows():
-    assert TokenStream([np.arange(30, dtype=np.uint16)], 30).windows(np.empty(0, dtype=np.int64), 4).shape == (0, 4)
+    none = np.empty(0, dtype=np.int64)
+    assert TokenStream([np.arange(30, dtype=np.uint16)], 30).windows(none, none, 4).shape == (0, 5)
 
 
 def test_a_window_may_be_written_without_changing_the_stream():
     ids = np.arange(30, dtype=np.uint16)
     stream = TokenStream(cut(ids, [12, 18]), 30)
-    stream.windows(np.array([8]), 10)[:] = 0
+    for offset in (2, 8):
+        stream.windows(np.array([offset]), np.array([9]), 9)[:] = 0
     np.testing.assert_array_equal(ids, np.arange(30))
-
-
-def test_beyond_the_end_there_is_no_target():
-    stream = TokenStream([np.arange(8, dtype=np.uint16)], 6)  # 6 and 7 are padding
-    expected = [[4, 5, -100], [5, -100, -100], [-100, -100, -100], [-100, -100, -100]]
-    assert stream.windows(np.array([4, 5, 6, 100]), 3).tolist() == expected
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -113,10 +138,12 @@ def test_a_stream_from_disk_is_the_ids_without_a_copy(tmp_path, monkeypatch, dty
         assert not chunk.flags.writeable
         assert np.shares_memory(chunk, np.frombuffer(buffer, dtype=dtype))
 
-    np.testing.assert_array_equal(stream.windows(np.array([0]), count + 1)[0], np.append(ids.astype(np.int64), -100))
-    borders = np.cumsum([len(chunk) for chunk in stream._chunks])
-    offsets = np.concatenate([borders + shift for shift in (-300, -256, -255, -1, 0, 1)])
-    np.testing.assert_array_equal(stream.windows(offsets, 257), sliced_windows(ids, offsets, 257))
+    np.testing.assert_array_equal(whole(stream, count + 1), np.append(ids.astype(np.int64), ids[0]))
+    borders = np.cumsum([len(chunk) for chunk in stream._chunks])[:-1]
+    offsets = np.concatenate([[0, count - 1], *(borders + shift for shift in (-300, -257, -256, -255, -1, 0, 1))])
+    targets = np.full(len(offsets), 256)
+    expected = ids.astype(np.int64)[(offsets[:, None] + np.arange(257)) % count]
+    np.testing.assert_array_equal(stream.windows(offsets, targets, 256), expected)
 
 
 def test_each_split_is_a_stream_of_its_own(tmp_path):
@@ -128,41 +155,47 @@ def test_each_split_is_a_stream_of_its_own(tmp_path):
     other.save_to_disk(tmp_path / "val")
     (tmp_path / "prepared.json").write_text(json.dumps({"tokens": {"train": 3000, "val": 10}}))
     train, val = (open_stream(str(tmp_path), split) for split in ("train", "val"))
-    assert train.windows(np.array([2998]), 4).tolist() == [[2998, 2999, -100, -100]]
-    assert val.windows(np.array([0]), 12).tolist() == [[5] * 10 + [-100] * 2]
+    assert train.windows(np.array([2998]), np.array([1]), 3).tolist() == [[2998, 2999, -100, -100]]
+    assert val.windows(np.array([0]), np.array([9]), 11).tolist() == [[5] * 10 + [-100] * 2]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# training_offsets
+# training_windows: random
+
+
+def random_offsets(*arguments):
+    offsets, targets = training_windows("random", *arguments)
+    assert targets.dtype == np.int64 and (targets == arguments[-1]).all() and targets.shape == offsets.shape
+    return offsets
 
 
 def test_training_offsets_are_these():
     # Literals: runs that were begun can be resumed, and compared, only while the generator stays what it is.
-    first, second = (training_offsets(1337, step, 8, 1_003_854, 256).tolist() for step in (0, 1))
+    first, second = (random_offsets(1337, step, 8, 1_003_854, 256).tolist() for step in (0, 1))
     assert first == [720011, 940031, 187240, 776619, 585524, 608629, 586757, 761730]
     assert second == [141151, 532973, 374575, 53888, 893947, 889790, 938855, 64622]
-    late = training_offsets(0, 10**6, 4, 2**33, 1024).tolist()  # offsets that 32 bits do not hold
+    late = random_offsets(0, 10**6, 4, 2**33, 1024).tolist()  # offsets that 32 bits do not hold
     assert late == [594181638, 5455991558, 5637093830, 327663482]
 
 
 def test_training_offsets_are_a_pure_function_of_seed_and_step():
-    first = training_offsets(3, 14, 64, 10_000, 32)
-    training_offsets(3, 15, 64, 10_000, 32)
+    first = random_offsets(3, 14, 64, 10_000, 32)
+    random_offsets(3, 15, 64, 10_000, 32)
     np.random.seed(0)
-    again = training_offsets(3, 14, 64, 10_000, 32)
+    again = random_offsets(3, 14, 64, 10_000, 32)
     assert first.dtype == np.int64 and first.shape == (64,)
     np.testing.assert_array_equal(first, again)
 
 
 def test_more_windows_begin_with_those_of_fewer():
-    few, many = (training_offsets(3, 14, count, 10_000, 32) for count in (8, 64))
+    few, many = (random_offsets(3, 14, count, 10_000, 32) for count in (8, 64))
     np.testing.assert_array_equal(few, many[:8])
 
 
 def test_no_two_seeds_or_steps_share_a_draw():
     # A stream this long makes a chance collision among 25,600 draws less likely than 2**-30, while steps (or seeds)
     # that shift one sequence of draws instead of having their own would repeat nearly all of them.
-    draws = [training_offsets(seed, step, 64, 2**62, 1) for seed in range(10) for step in (*range(38), 10**6, 10**9)]
+    draws = [random_offsets(seed, step, 64, 2**62, 1) for seed in range(10) for step in (*range(38), 10**6, 10**9)]
     assert len(np.unique(draws)) == 10 * 40 * 64
 
 
@@ -170,15 +203,16 @@ def test_no_two_seeds_or_steps_share_a_draw():
 @pytest.mark.parametrize("places", [1, 2, 3, 7])
 def test_training_windows_start_everywhere_and_end_within_the_stream(places, block_size):
     length = block_size + places  # a window takes block_size + 1 tokens: the last one starts at places - 1
-    offsets = np.concatenate([training_offsets(0, step, 50, length, block_size) for step in range(20)])
+    offsets = np.concatenate([random_offsets(0, step, 50, length, block_size) for step in range(20)])
     assert set(offsets.tolist()) == set(range(places))
     stream = TokenStream([np.arange(length, dtype=np.uint16)], length)
-    assert (stream.windows(offsets, block_size + 1) != NO_TARGET).all()
+    windows = stream.windows(offsets, np.full(len(offsets), block_size), block_size)
+    np.testing.assert_array_equal(windows, offsets[:, None] + np.arange(block_size + 1))  # none goes round
 
 
 def test_training_offsets_are_uniform():
     bins, draws = 100, 100_000
-    offsets = np.concatenate([training_offsets(5, step, 100, 50_000 + 256, 256) for step in range(draws // 100)])
+    offsets = np.concatenate([random_offsets(5, step, 100, 50_000 + 256, 256) for step in range(draws // 100)])
     counts = np.bincount(offsets * bins // 50_000, minlength=bins)
     chi_square = ((counts - draws / bins) ** 2 / (draws / bins)).sum()
     assert len(counts) == bins
@@ -186,48 +220,147 @@ def test_training_offsets_are_uniform():
 
 
 def test_a_late_step_is_reached_without_the_steps_before_it():
-    assert len(training_offsets(1337, 2**60, 12, 10_000, 256)) == 12  # a loop over the steps would never return
+    assert len(random_offsets(1337, 2**60, 12, 10_000, 256)) == 12  # a loop over the steps would never return
 
 
+@pytest.mark.parametrize("kind", ["random", "epoch"])
 @pytest.mark.parametrize("processes", [1, 2, 4])
-def test_the_windows_of_a_step_are_the_same_for_any_number_of_processes(processes):
+def test_the_windows_of_a_step_are_the_same_for_any_number_of_processes(processes, kind):
     count, batch_size, block_size = 24, 3, 16
     ids = np.arange(5000, dtype=np.uint16)
     stream = TokenStream(cut(ids, [1234, 3766]), 5000)
-    for step in (0, 1, 999):
-        offsets = training_offsets(7, step, count, len(stream), block_size)
-        alone = [stream.windows(mine, block_size + 1) for mine in offsets.reshape(-1, batch_size)]
-        shared = offsets.reshape(-1, processes, batch_size)  # (micro-batches of a process, processes, windows)
-        taken = [[stream.windows(mine, block_size + 1) for mine in shared[:, index]] for index in range(processes)]
+    for step in (0, 1, 13, 999):
+        drawn = training_windows(kind, 7, step, count, len(stream), block_size)
+        alone = stream.windows(*drawn, block_size)
+        shared = [part.reshape(-1, processes, batch_size) for part in drawn]  # (micro-batches, processes, windows)
+        taken = [
+            [stream.windows(*mine, block_size) for mine in zip(*(part[:, index] for part in shared), strict=True)]
+            for index in range(processes)
+        ]
         # Side by side, the micro-batches of all processes are those of one process, in its order.
-        np.testing.assert_array_equal(np.concatenate(alone), np.stack(taken, axis=1).reshape(-1, block_size + 1))
+        np.testing.assert_array_equal(alone, np.stack(taken, axis=1).reshape(-1, block_size + 1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# evaluation_offsets
+# training_windows: epoch
+
+
+def targets_of(offsets, targets, length):
+    """The positions that windows predict."""
+    return np.concatenate([(offset + 1 + np.arange(n)) % length for offset, n in zip(offsets, targets, strict=True)])
+
+
+def whole_epoch(seed, epoch, length, block_size):
+    count = -(-length // block_size)
+    return epoch_windows(seed, epoch, np.arange(count), length, block_size)
+
+
+@settings(deadline=None, derandomize=True, max_examples=300)
+@given(st.integers(2, 400), st.integers(1, 60), st.integers(0, 9), st.integers(0, 5))
+def test_in_an_epoch_every_token_is_a_target_once(length, block_size, seed, epoch):
+    block_size = min(block_size, length - 1)
+    offsets, targets = whole_epoch(seed, epoch, length, block_size)
+    assert offsets.dtype == targets.dtype == np.int64
+    assert sorted(targets_of(offsets, targets, length)) == list(range(length))
+    assert (targets < block_size).sum() <= 1 and targets.min() >= 1
+
+
+@pytest.mark.parametrize("length, block_size", [(2, 1), (8, 4), (9, 4), (11, 4), (12, 4), (1025, 1024), (2048, 1024)])
+def test_an_epoch_of_the_stream_predicts_each_id_from_the_one_before_it(length, block_size):
+    stream = TokenStream([np.arange(length, dtype=np.uint16)], length)
+    windows = stream.windows(*whole_epoch(3, 1, length, block_size), block_size)
+    real = windows[:, 1:] != NO_TARGET
+    np.testing.assert_array_equal((windows[:, :-1][real] + 1) % length, windows[:, 1:][real])
+    assert sorted(windows[:, 1:][real]) == list(range(length))
+
+
+@settings(deadline=None, derandomize=True, max_examples=100)
+@given(st.integers(2, 200), st.integers(1, 30), st.integers(1, 50), st.integers(0, 7))
+def test_steps_cut_the_run_of_all_epochs_wherever_they_fall(length, block_size, count, seed):
+    block_size = min(block_size, length - 1)
+    epochs = [whole_epoch(seed, epoch, length, block_size) for epoch in range(3)]
+    offsets, targets = (np.concatenate(parts) for parts in zip(*epochs, strict=True))
+    for step in range(len(offsets) // count):
+        drawn = training_windows("epoch", seed, step, count, length, block_size)
+        np.testing.assert_array_equal(drawn[0], offsets[step * count : (step + 1) * count])
+        np.testing.assert_array_equal(drawn[1], targets[step * count : (step + 1) * count])
+
+
+def test_a_step_may_hold_several_epochs():
+    offsets, targets = training_windows("epoch", 0, 1, 100, 10, 4)  # 3 windows an epoch
+    counts = np.bincount(targets_of(offsets, targets, 10), minlength=10)
+    assert counts.min() >= 32 and counts.max() <= 35
+
+
+def test_epoch_windows_are_these():
+    # Literals, for the same reason as those of random ones.
+    offsets, targets = training_windows("epoch", 1337, 0, 8, 1_003_854, 256)
+    assert offsets.tolist() == [150777, 867143, 262905, 838215, 470087, 455239, 287225, 898375]
+    assert targets.tolist() == [256] * 8
+    late, _ = training_windows("epoch", 0, 10**6, 4, 2**33, 1024)
+    assert late.tolist() == [8131502967, 3405775735, 6449592183, 6105521015]
+
+
+def test_a_late_epoch_is_reached_at_once():
+    offsets, targets = training_windows("epoch", 5, 2**50, 12, 10**13, 1024)  # nothing the size of the stream is made
+    assert len(offsets) == len(targets) == 12 and (offsets >= 0).all() and (offsets < 10**13).all()
+
+
+def test_epochs_and_seeds_differ_in_order_and_in_phase():
+    epochs = [whole_epoch(seed, epoch, 1001, 8)[0] for seed in range(3) for epoch in range(5)]
+    assert len({tuple(offsets) for offsets in epochs}) == 15
+    assert len({tuple(sorted(offsets)) for offsets in epochs}) > 13  # 1001 phases
+
+
+@settings(deadline=None, derandomize=True, max_examples=300)
+@given(st.integers(1, 3000), st.integers(0, 2**64 - 9))
+def test_the_permutation_is_one(count, key):
+    keys = [np.uint64(key + i) for i in range(8)]
+    assert sorted(permute(np.arange(count), count, keys)) == list(range(count))
+
+
+def test_the_permutation_shuffles():
+    count, draws = 100, 4000
+    starts = np.array([epoch_windows(0, epoch, np.arange(3), count * 8, 8)[0] for epoch in range(draws)])
+    phases = np.array([int(np.random.Philox(key=0, counter=[0, e, 1, 0]).random_raw()) % 800 for e in range(draws)])
+    places = (starts - phases[:, None]) % 800 // 8  # which window came first, second, third
+    for column in places.T:
+        chi_square = ((np.bincount(column, minlength=count) - draws / count) ** 2 / (draws / count)).sum()
+        assert 50 < chi_square < 160  # 99 degrees of freedom, as above
+    gaps = np.bincount((places[:, 1] - places[:, 0]) % count, minlength=count)
+    assert gaps[0] == 0 and gaps[1:].max() < 2 * draws / count  # no place follows another more often than by chance
+    phase_bins = np.bincount(phases // 8, minlength=count)
+    assert 50 < ((phase_bins - draws / count) ** 2 / (draws / count)).sum() < 160
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# evaluation_windows
 
 
 @pytest.mark.parametrize("block_size", [1, 2, 3, 8])
 def test_every_token_but_the_first_is_a_target_once(block_size):
     for length in range(2, 4 * block_size + 3):
         stream = TokenStream([np.arange(length + 3, dtype=np.uint16)], length)  # the ids are the positions
-        windows = stream.windows(evaluation_offsets(length, block_size, 0), block_size + 1)
-        inputs, targets = windows[:, :-1], windows[:, 1:]
-        real = targets != NO_TARGET
-        assert targets[real].tolist() == list(range(1, length))
-        np.testing.assert_array_equal(inputs[real], targets[real] - 1)
-        assert real.any(axis=1).all()  # no window without a target
+        offsets, targets = evaluation_windows(length, block_size, 0)
+        windows = stream.windows(offsets, targets, block_size)
+        real = windows[:, 1:] != NO_TARGET
+        assert windows[:, 1:][real].tolist() == list(range(1, length))
+        np.testing.assert_array_equal(windows[:, :-1][real], windows[:, 1:][real] - 1)
+        np.testing.assert_array_equal(real.sum(axis=1), targets)
+        assert targets.min() >= 1 and targets.sum() == length - 1  # no window without a target
 
 
 def test_a_stream_of_one_token_has_no_evaluation_windows():
-    assert len(evaluation_offsets(1, 8, 0)) == len(evaluation_offsets(1, 8, 100)) == 0
+    for most_tokens in (0, 100):
+        offsets, targets = evaluation_windows(1, 8, most_tokens)
+        assert len(offsets) == len(targets) == 0
 
 
 @pytest.mark.parametrize("most_tokens", [1, 7, 8, 9, 64, 100, 500, 991])
 def test_limited_evaluation_takes_evenly_spaced_windows_once(most_tokens):
     length, block_size = 1000, 8
-    every = evaluation_offsets(length, block_size, 0)
-    offsets = evaluation_offsets(length, block_size, most_tokens)
+    every, _ = evaluation_windows(length, block_size, 0)
+    offsets, _ = evaluation_windows(length, block_size, most_tokens)
     assert most_tokens <= len(offsets) * block_size < most_tokens + block_size
     assert set(offsets.tolist()) <= set(every.tolist())
     steps = np.diff(np.append(offsets, len(every) * block_size)) // block_size  # the last gap reaches the end
@@ -238,18 +371,5 @@ def test_limited_evaluation_takes_evenly_spaced_windows_once(most_tokens):
 
 @pytest.mark.parametrize("most_tokens", [993, 999, 1000, 10**9])
 def test_a_limit_beyond_the_stream_limits_nothing(most_tokens):
-    np.testing.assert_array_equal(evaluation_offsets(1000, 8, most_tokens), evaluation_offsets(1000, 8, 0))
-
-
-@pytest.mark.parametrize("batch_size", [1, 3, 8, 64])
-@pytest.mark.parametrize("most_tokens", [0, 100])
-def test_evaluation_has_the_same_targets_for_any_batch_size(batch_size, most_tokens):
-    length, block_size = 500, 7
-    stream = TokenStream(cut(np.arange(512, dtype=np.uint16), [200, 312]), length)
-    offsets = evaluation_offsets(length, block_size, most_tokens)
-    expected = stream.windows(offsets, block_size + 1)[:, 1:]
-    # Batches are filled up with windows that start at the end of the stream: they have no target.
-    filled = np.append(offsets, np.full(-len(offsets) % batch_size, length))
-    batches = [stream.windows(mine, block_size + 1)[:, 1:] for mine in filled.reshape(-1, batch_size)]
-    targets = np.concatenate(batches)
-    np.testing.assert_array_equal(targets[targets != NO_TARGET], expected[expected != NO_TARGET])
+    limited, every = evaluation_windows(1000, 8, most_tokens), evaluation_windows(1000, 8, 0)
+    np.testing.assert_array_equal(limited, every)

@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 from pathlib import Path
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 import yaml
 from transformers import HfArgumentParser
@@ -17,15 +17,37 @@ def knob(default, help: str):
 @dataclasses.dataclass
 class DataArguments:
     corpus: str | None = knob(
-        None, "python-stdlib, a text file, a folder of .txt files or a glob; without it data_dir must be there already"
+        None,
+        "python-stdlib; a text, .jsonl, .json, .csv or .parquet file, also compressed; a folder or glob of them; an "
+        "https:// file; a Hub dataset; or nanoGPT's folder with train.bin; without it data_dir must be there already",
     )
-    tokenizer: str = knob("char", "char or bpe, made from the corpus; or a folder or Hub id that holds a tokenizer")
+    tokenizer: str = knob(
+        "char",
+        "char or bpe, made from the corpus; gpt2; a folder or Hub id that holds a tokenizer; or a text file, whose "
+        "characters are the tokens",
+    )
     vocab_size: int = knob(4096, "tokens in a bpe tokenizer; the others ignore it")
-    data_dir: str | None = knob(None, "where the tokens are, or will be written")
+    data_dir: str | None = knob(
+        None, "where the tokens are, or will be written; without corpus, a Hub id of a shared data_dir as well"
+    )
+    corpus_config: str = knob("", "configuration of a Hub dataset")
+    corpus_split: str = knob("train", "split of a Hub dataset; val is held out of it")
+    corpus_revision: str = knob("", "branch, tag or commit of a Hub dataset")
+    text_column: str = knob("text", "column that holds the text, where the corpus is a table")
+    val_fraction: float = knob(0.1, "held out for validation: of the documents, or of the characters of a single one")
+    num_proc: int = knob(1, "processes that tokenize; the result does not depend on it")
+    windows: Literal["random", "epoch"] = knob(
+        "random", "windows to train on: at random offsets, or each token as a target once an epoch"
+    )
 
     def __post_init__(self):
+        self.corpus = self.corpus or None
         if self.tokenizer == "bpe" and self.vocab_size < 257:
             raise ValueError(f"vocab_size={self.vocab_size}, but bpe needs 257 at least: 256 bytes and <|endoftext|>")
+        if not 0 < self.val_fraction < 1:
+            raise ValueError(f"val_fraction={self.val_fraction}, but it must be between 0 and 1, as 0.1")
+        if self.num_proc < 1:
+            raise ValueError(f"num_proc={self.num_proc}, but it must be at least 1")
 
 
 class FlagParser(HfArgumentParser):

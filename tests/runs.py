@@ -1,0 +1,141 @@
+"""Runs of the trainer in processes of their own, which can be killed and which meet each other over loopback.
+
+Their libraries are imported once, by a server that forks a process whenever one is asked for.
+"""
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import torch
+from conftest import TINY, write_corpus, write_recipe
+
+import train_accelerate
+
+ROOT = Path(__file__).parent.parent
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["runs"])
+
+
+def recipe_of(folder: Path, **flags) -> Path:
+    """The tiny recipe in a file, with a text beside it."""
+    corpus = folder / "corpus.txt"
+    if not corpus.exists():
+        write_corpus(corpus)
+    return write_recipe(folder / "recipe.yaml", **{"corpus": corpus, "data_dir": folder / "data"} | TINY | flags)
+
+
+def start(recipe: Path, log: Path, *flags: str, before: tuple = (), environment: dict | None = None) -> BaseProcess:
+    """Start the trainer; what it says goes to `log`. `before` are (function, *arguments) to call in it first."""
+    path = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])  # for the server, which starts here
+    process = FORKS.Process(target=live, args=([str(recipe), *flags], str(log), before, environment or {}))
+    process.start()
+    if path is None:
+        del os.environ["PYTHONPATH"]
+    else:
+        os.environ["PYTHONPATH"] = path
+    return process
+
+
+def start_together(count: int, recipe: Path, log: Path, *flags: str, before=lambda rank: ()) -> list[BaseProcess]:
+    """Start `count` processes that train together, as torchrun would; each says what it has to say in a log."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared |= {"ACCELERATE_USE_CPU": "true"}
+    return [
+        start(
+            recipe,
+            log.with_suffix(f".{rank}"),
+            *flags,
+            before=before(rank),
+            environment=shared | {"RANK": rank, "LOCAL_RANK": rank},
+        )
+        for rank in range(count)
+    ]
+
+
+def live(argv: list[str], log: str, before: tuple, environment: dict) -> None:
+    """What such a process does."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ.update({key: str(value) for key, value in environment.items()})
+    torch.set_num_threads(1)
+    for function, *arguments in before:
+        function(*arguments)
+    train_accelerate.run(argv)
+
+
+def finish(*processes: BaseProcess, seconds: float = 120) -> list[int]:
+    """Wait for all, and end the others where one fails; returns their exit statuses, -N where signal N killed one."""
+    deadline = time.monotonic() + seconds
+    while any(process.exitcode is None for process in processes):
+        late = time.monotonic() > deadline
+        if late or any(process.exitcode for process in processes):
+            # a launcher would end the others at once; those that end by themselves may do so
+            for process in processes:
+                process.join(0 if late else 5)
+                process.kill()
+        time.sleep(0.01)
+    for process in processes:
+        process.join()
+    assert time.monotonic() < deadline, "a process hung"
+    return [process.exitcode for process in processes]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What may be done to a run from within
+
+
+class LoggedStream:
+    """A token stream that notes which windows are fetched: a line of offsets for each micro-batch."""
+
+    def __init__(self, stream, descriptor):
+        self.stream, self.descriptor = stream, descriptor
+
+    def __len__(self):
+        return len(self.stream)
+
+    def windows(self, offsets, targets, block_size):
+        os.write(self.descriptor, (" ".join(map(str, offsets.tolist())) + "\n").encode())
+        return self.stream.windows(offsets, targets, block_size)
+
+
+def log_windows(path: str) -> None:
+    """Note in a file the step that training begins with, and then the windows that are trained on."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    batches_of = train_accelerate.training_batches
+
+    def logged(stream, draw, step, *size):
+        os.write(descriptor, f"{step}\n".encode())
+        return batches_of(LoggedStream(stream, descriptor), draw, step, *size)
+
+    train_accelerate.training_batches = logged
+
+
+def read_windows(path: Path) -> tuple[int, list[list[int]]]:
+    """What log_windows has noted."""
+    first, *batches = path.read_text().splitlines()
+    return int(first), [[int(offset) for offset in batch.split()] for batch in batches]
+
+
+def die_at_file_operation(count: int, folder: str) -> None:
+    """SIGKILL this process before its count-th file operation below a folder: open, mkdir, rename, remove ..."""
+    left = count
+
+    def hook(event, args):
+        nonlocal left
+        if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir") and str(args[0]).startswith(folder):
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)

@@ -1,0 +1,268 @@
+"""Encoding: whichever way is taken, the ids are the tokenizer's own, and tiktoken's where it is GPT-2's."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import tiktoken
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_tokenizers import END, HARD_TEXTS, TEXT, needs_gpt2, random_texts
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from tokenization import encoding as encoding_module
+from tokenization.bpe import train_bpe_tokenizer
+from tokenization.char import read_char_tokenizer, train_char_tokenizer
+from tokenization.documents import last_cut
+from tokenization.encoding import (
+    OTHER_WORDS,
+    LibraryEncoder,
+    TableEncoder,
+    TiktokenEncoder,
+    encode_batches,
+    encode_pieces,
+    has_long_space,
+    make_encoder,
+)
+from tokenization.gpt2 import make_gpt2_tokenizer
+
+
+def library_ids(tokenizer, texts):
+    """The ids that the tokenizer itself gives, one text at a time."""
+    return [tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] for text in texts]
+
+
+def train_on_words(pattern, ignore_merges=False):
+    """A byte-level BPE as later models have it: words by a pattern, then bytes."""
+    tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
+    split = pre_tokenizers.Split(Regex(pattern), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        [TEXT, *HARD_TEXTS], trainers.BpeTrainer(vocab_size=900, initial_alphabet=alphabet, show_progress=False)
+    )
+    tokenizer.add_special_tokens([END])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END)
+
+
+def every_character():
+    """Characters of every plane in the neighbourhoods that a pattern tells apart: all of the first, some of others."""
+    codes = [*range(0xD800), *range(0xE000, 0x10000), *range(0x10000, 0x110000, 17)]
+    for start in range(0, len(codes), 2**13):
+        yield "".join(f"a{chr(c)} '{chr(c)}1{chr(c)}\n{chr(c)} {chr(c)}" for c in codes[start : start + 2**13])
+
+
+@pytest.fixture(scope="module")
+def made():
+    tokenizers = {
+        "char": train_char_tokenizer([TEXT]),
+        "bpe": train_bpe_tokenizer([TEXT], 900),
+        **{f"words {i}": train_on_words(pattern, bool(i)) for i, pattern in enumerate(sorted(OTHER_WORDS))},
+    }
+    return {name: (tokenizer, make_encoder(tokenizer.backend_tokenizer)) for name, tokenizer in tokenizers.items()}
+
+
+NAMES = ["char", "bpe", "words 0", "words 1"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_fast_way_is_taken(made, name):
+    expected = TableEncoder if name == "char" else TiktokenEncoder
+    assert type(made[name][1]) is expected
+    assert made[name][1].cuts == (not name.startswith("words"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_thousands_of_random_texts_have_the_tokenizers_ids(made, name):
+    tokenizer, encoder = made[name]
+    texts = HARD_TEXTS + random_texts(3000, seed=3) + [TEXT[i : i + 50] for i in range(0, len(TEXT), 7)]
+    for text, ids, expected in zip(texts, encoder.encode(texts), library_ids(tokenizer, texts), strict=True):
+        assert ids.tolist() == expected, ascii(text)
+
+
+@pytest.mark.parametrize("name", ["bpe", "words 0", "words 1"])
+def test_every_character_has_the_tokenizers_ids(made, name):
+    tokenizer, encoder = made[name]
+    slow = LibraryEncoder(tokenizer.backend_tokenizer)
+    for text in every_character():
+        np.testing.assert_array_equal(encoder.encode([text])[0], slow.encode([text])[0])
+
+
+@settings(deadline=None, derandomize=True, max_examples=500)
+@given(st.text(max_size=60))
+def test_any_text_has_the_tokenizers_ids(made, text):
+    for tokenizer, encoder in made.values():
+        (ids,) = encoder.encode([text])
+        assert [ids.tolist()] == library_ids(tokenizer, [text])
+        assert tokenizer.decode(ids) == text
+
+
+@needs_gpt2
+def test_gpt2_has_tiktokens_ids():
+    tokenizer, reference = make_gpt2_tokenizer(), tiktoken.get_encoding("gpt2")
+    encoder = make_encoder(tokenizer.backend_tokenizer)
+    assert type(encoder) is TiktokenEncoder and encoder.cuts
+    assert len(tokenizer) == 50_257 and tokenizer.eos_token_id == reference.eot_token == 50_256
+    texts = HARD_TEXTS + random_texts(5000, seed=4) + [TEXT]
+    for text, ids in zip(texts, encoder.encode(texts), strict=True):
+        expected = reference.encode_ordinary(text)
+        assert ids.tolist() == expected, ascii(text)
+    assert library_ids(tokenizer, texts[::10]) == [ids.tolist() for ids in encoder.encode(texts[::10])]
+    for text in every_character():
+        assert encoder.encode([text])[0].tolist() == reference.encode_ordinary(text)
+
+
+@pytest.mark.parametrize("name", ["char", "bpe"])
+def test_pieces_have_the_ids_of_the_whole(made, name):
+    # Real and random text with every kind of white space, cut wherever read_text may cut it.
+    _, encoder = made[name]
+    dice = random.Random(0)
+    spaces = [" ", "  ", "\n", "\n\n", "\t", "\r\n", "\x0b", "\x1c", "\x85", "\u00a0", "\u2003", " \n \n"]
+    words = ["fox", "'s", "'", "42", "!?", "caf\u00e9", "\U0001f600", "\u0301", "\u200d", "don't", "_", "\x00"]
+    for text in [TEXT, *random_texts(300, seed=5)] + [
+        "".join(dice.choice(dice.choice([spaces, words])) for _ in range(40)) for _ in range(700)
+    ]:
+        (whole,) = encoder.encode([text])
+        pieces, rest = [], text
+        while cut := last_cut(rest[: dice.randint(1, 30)]):
+            pieces.append(rest[:cut])
+            rest = rest[cut:]
+        assert np.concatenate(encoder.encode([*pieces, rest])).tolist() == whole.tolist(), ascii(text)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizers for which the fast way would be wrong
+
+
+def change(tokenizer, **changes):
+    """A tokenizer with parts of its description changed, `model__key` within the model."""
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    for key, value in changes.items():
+        holder = spec["model"] if key.startswith("model__") else spec
+        holder[key.removeprefix("model__")] = value
+    return Tokenizer.from_str(json.dumps(spec))
+
+
+def test_what_tiktoken_would_encode_otherwise_is_left_to_the_library(made):
+    bpe = made["bpe"][0]
+    model = json.loads(bpe.backend_tokenizer.to_str())["model"]
+    first, second, *others = model["merges"]
+    a, b = ("".join(merge) for merge in (first, second))
+    swapped = model["vocab"] | {a: model["vocab"][b], b: model["vocab"][a]}
+    byte = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+    words = {"type": "Split", "pattern": {"Regex": r"\w+|\W"}, "behavior": "Isolated", "invert": False}
+    cases = {
+        "ids that fall along the merges": change(bpe, model__vocab=swapped),
+        "merges in another order": change(bpe, model__merges=[second, first, *others]),
+        "a space put before the text": change(bpe, pre_tokenizer=byte),
+        "a normalizer": change(bpe, normalizer={"type": "NFC"}),
+        "dropout": change(bpe, model__dropout=0.5),
+        "another pattern": change(bpe, pre_tokenizer=words),
+    }
+    added = change(bpe)
+    added.add_tokens(["fox"])  # cut out of any text, special or not
+    cases["an added token that is not special"] = added
+    for name, tokenizer in cases.items():
+        assert type(make_encoder(tokenizer)) is LibraryEncoder, name
+
+
+def test_merges_that_skip_a_step_are_left_to_the_library():
+    # ("ab", "c") is a merge, but "ab" never forms in "abc": "bc" comes first. tiktoken would look "abc" up whole.
+    letters = encoding_module.byte_letters()
+    vocabulary = {letter: i for i, letter in enumerate(letters)} | {"bc": 256, "ab": 257, "abc": 258}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [("b", "c"), ("a", "b"), ("ab", "c")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    assert tokenizer.encode("abc").ids == [vocabulary["a"], vocabulary["bc"]]
+    assert type(make_encoder(tokenizer)) is LibraryEncoder
+
+
+def word_level(words, **options):
+    tokenizer = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=options.get("unk", "?!"))
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.normalizer = options.get("normalizer")
+    return tokenizer
+
+
+def test_any_other_tokenizer_is_encoded_in_batches_with_its_unknowns_counted():
+    tokenizer = word_level(["<unk>", "fox", "dog"], unk="<unk>", normalizer=normalizers.Lowercase())
+    tokenizer.enable_padding(length=9)
+    tokenizer.enable_truncation(2)
+    encoder = make_encoder(tokenizer)
+    texts = ["Fox dog cat", "", "emu dog dog fox"]
+    ids = encoder.encode(texts)
+    assert [each.tolist() for each in ids] == [[1, 2, 0], [], [0, 2, 2, 1]]
+    assert encoder.count_unknowns(texts, ids) == 2
+    assert tokenizer.padding and tokenizer.truncation  # it is left as it was
+
+
+def test_characters_without_a_token_are_spelled_and_counted_or_refused(tmp_path):
+    tokenizer = train_char_tokenizer(["abc"])
+    encoder = make_encoder(tokenizer.backend_tokenizer)
+    text = "a\u20acb\U0001f600\u00e9c"
+    (ids,) = encoder.encode([text])
+    assert ids.tolist() == library_ids(tokenizer, [text])[0] and len(ids) == 3 + 3 + 4 + 2
+    assert encoder.count_unknowns([text, "abc"], [ids, ids]) == 3
+    (tmp_path / "text.txt").write_text("abc")
+    strict = make_encoder(read_char_tokenizer(tmp_path / "text.txt").backend_tokenizer)
+    assert type(strict) is TableEncoder and strict.encode(["cab"])[0].tolist() == [2, 0, 1]
+    with pytest.raises(ValueError, match="no token for '\u20ac'"):
+        strict.encode([text])
+
+
+@pytest.mark.parametrize("spaces", [" ", "\n", "\t ", "\r\n"])
+def test_a_desert_of_white_space_is_encoded_as_any_text(made, spaces):
+    # On a million spaces before a word, tiktoken's stack overflows.
+    tokenizer, encoder = made["bpe"]
+    text = "a" + spaces * (1_000_000 // len(spaces)) + "b"
+    assert has_long_space(text) and not has_long_space("a " * 500_000) and not has_long_space("\n" * 60_000 + "a")
+    assert [encoder.encode([text])[0].tolist()] == library_ids(tokenizer, [text])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches
+
+
+@pytest.mark.parametrize("end", [True, False])
+@pytest.mark.parametrize("name", NAMES)
+def test_pieces_are_joined_split_by_split_with_an_end_after_each_document(made, name, end):
+    tokenizer, encoder = made[name]
+    pieces = [("train", f"a{END}", False), ("val", "b\u20ac", True), ("train", " c", True), ("train", "d", True)]
+    end_id = tokenizer.eos_token_id if end else None
+    ending = [end_id] * end
+    a, b, c, d = library_ids(tokenizer, [text for _, text, _ in pieces])
+    encoded = encode_pieces(encoder, pieces, end_id, "uint16")
+    assert encoded["train"].ids.tolist() == a + c + ending + d + ending
+    assert encoded["val"].ids.tolist() == b + ending
+    assert encoded["train"].ids.dtype == np.uint16
+    assert (encoded["train"].bytes, encoded["val"].bytes) == (len(END) + 4, 4)
+    assert (encoded["train"].documents, encoded["val"].documents) == (2, 1)
+
+
+@pytest.mark.parametrize("num_proc", [1, 2, 3])
+def test_batches_come_in_their_order_from_any_number_of_processes(made, num_proc):
+    tokenizer, encoder = made["bpe"]
+    dice = random.Random(num_proc)
+    batches = [([("train", "x" * dice.randint(1, 5000), True)], {"number": i}) for i in range(40)]
+    done = list(encode_batches(iter(batches), encoder, 0, "uint16", num_proc))
+    assert [state for _, state in done] == [state for _, state in batches]
+    for (pieces, _), (encoded, _) in zip(batches, done, strict=True):
+        assert encoded["train"].ids.tolist() == library_ids(tokenizer, [pieces[0][1]])[0] + [0]
+
+
+def test_no_more_batches_are_read_than_the_processes_need(made):
+    read = []
+
+    def batches():
+        for i in range(100):
+            read.append(i)
+            yield [("train", "text", True)], None
+
+    encoded = encode_batches(batches(), made["bpe"][1], 0, "uint16", 2)
+    next(encoded)
+    assert len(read) <= 6
+    encoded.close()
