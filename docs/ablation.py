@@ -29,7 +29,7 @@ from modeling_nanogpt.modeling_nanogpt import NanoGPTPreTrainedModel
 
 FAST = {
     "optimizer": "muon",
-    "learning_rate": 0.02,
+    "learning_rate": 0.03,
     "lr_schedule": "linear",
     "min_lr": 0,
     "warmup_iters": 0,
@@ -131,11 +131,12 @@ CHANGES = {
     "AdamW at 4e-3": {"optimizer": "adamw", "warmup_iters": 50, "learning_rate": 4e-3},
     "AdamW at 8e-3": {"optimizer": "adamw", "warmup_iters": 50, "learning_rate": 8e-3},
     "learning_rate 0.01": {"learning_rate": 0.01},
-    "learning_rate 0.03": {"learning_rate": 0.03},
+    "learning_rate 0.02": {"learning_rate": 0.02},
     "learning_rate 0.04": {"learning_rate": 0.04},
-    "AdamW's rates a half more": {"patch": constant("ADAMW_RATE", 12.0)},
+    "AdamW at twice the rate": {"patch": constant("ADAMW_RATE", 16.0)},
+    "AdamW at half the rate": {"patch": constant("ADAMW_RATE", 4.0)},
     "cosine to zero": {"lr_schedule": "cosine"},
-    "linear to a tenth": {"min_lr": 0.002},
+    "linear to a tenth": {"min_lr": 0.003},
     "wsd, decay_fraction 0.4": {"lr_schedule": "wsd"},
     "wsd, decay_fraction 0.7": {"lr_schedule": "wsd", "decay_fraction": 0.7},
     "warmup of 50 steps": {"warmup_iters": 50},
@@ -154,14 +155,14 @@ CHANGES = {
     "q, k and v as one": {"patch": one_matrix},
 }
 WIDTHS = {
-    f"n_embd {width}, AdamW at {rate:g}": {"n_embd": width, "patch": constant("ADAMW_RATE", rate / 0.02 * width**0.5)}
+    f"n_embd {width}, AdamW at {rate:g}": {"n_embd": width, "patch": constant("ADAMW_RATE", rate / 0.03 * width**0.5)}
     for width in (64, 128, 256)
     for rate in (8e-3, 16e-3, 32e-3)
 }
 RECIPES = {
     "nanoGPT's": {"eval_interval": 100},
     "fast": FAST | {"eval_interval": 400},
-    "fast, 450 steps": FAST | {"max_iters": 450, "eval_interval": 75},
+    "fast, 450 steps": FAST | {"max_iters": 450, "eval_interval": 150},
 }
 STUDIES = {
     "cpu": (FAST | CPU | {"max_iters": 200}, CHANGES),
