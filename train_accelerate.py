@@ -19,7 +19,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from accelerate.utils.memory import should_reduce_batch_size
@@ -27,11 +26,12 @@ from transformers.utils.logging import disable_progress_bar
 
 from modeling_nanogpt import NanoGPTForCausalLM
 from modeling_nanogpt import checkpointing as checkpoints
-from modeling_nanogpt.fitting import explain_out_of_memory, largest_batch_size
+from modeling_nanogpt.fitting import check_shares, explain_out_of_memory, largest_batch_size
 from modeling_nanogpt.launching import describe, start_accelerator
 from modeling_nanogpt.optimization import learning_rate_at, make_optimizer
 from modeling_nanogpt.progress import Progress
-from modeling_nanogpt.publishing import write_report
+from modeling_nanogpt.publishing import Report, draw_samples, find_commit
+from modeling_nanogpt.pushing import start_pusher
 from modeling_nanogpt.recording import StepRecord, name_skipped
 from modeling_nanogpt.signals import Signals
 from modeling_nanogpt.sources import find_ckpt, know_tokens
@@ -54,6 +54,7 @@ LOSS_ONLY = {"skip_logits": True, "use_cache": False}  # what the model need not
 @dataclasses.dataclass
 class ModelArguments:
     init_from: str = knob("scratch", "scratch, resume, or a model: a folder, Hub id or nanoGPT's ckpt.pt")
+    revision: str | None = knob(None, "branch, tag or commit of an init_from that is a Hub id (default: main)")
     block_size: int | None = knob(None, "longest context, tokens (scratch: 1024)")
     n_layer: int | None = knob(None, "blocks (scratch: 12)")
     n_head: int | None = knob(None, "attention heads, a divisor of n_embd (scratch: 12)")
@@ -64,7 +65,8 @@ class ModelArguments:
 
     def shape(self) -> dict:
         """What is given of NanoGPTConfig's keys."""
-        return {key: value for key, value in vars(self).items() if key != "init_from" and value is not None}
+        shape = vars(self).keys() - {"init_from", "revision"}
+        return {key: value for key, value in vars(self).items() if key in shape and value is not None}
 
 
 @dataclasses.dataclass
@@ -99,6 +101,11 @@ class RunArguments:
     report_to: str = knob("none", "trackers, separated by commas: tensorboard, wandb or any other of Accelerate's")
     eval_only: bool = knob(False, "evaluate and stop; nothing is saved")
     prepare_only: bool = knob(False, "stop once data_dir is there")
+    # the Hub
+    push_to_hub: bool = knob(False, "push out_dir, with the token of `hf auth login` or HF_TOKEN")
+    hub_model_id: str | None = knob(None, "user/name to push to, or resume from (default: your user, out_dir's name)")
+    hub_private_repo: bool = knob(True, "nobody else sees it")
+    hub_strategy: Literal["end", "every_save", "checkpoint"] = knob("every_save", "checkpoint: to resume from, too")
     # system
     seed: int = knob(1337, "of the weights, the windows and dropout")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob("auto", "of the arithmetic; weights are float32")
@@ -227,16 +234,10 @@ def main(argv: list[str]) -> None:
         began = start.run.get("recipe", {})  # of a resumed run: run.yaml repeats it from its beginning
         recipe |= {key: value for key, value in began.items() if key in vars(model_args)}
         if model is not None and not find_ckpt(model_args.init_from):  # nanoGPT's files carry no tokenizer
-            learned = load_tokenizer(model_args.init_from, "init_from")
+            learned = load_tokenizer(model_args.init_from, "init_from", model_args.revision)
         checkpoints.check_writable(run_args.out_dir)
         windows, processes = run_args.gradient_accumulation_steps * run_args.batch_size, accelerator.num_processes
-        if run_args.auto_batch_size and accelerator.device.type != "cuda":
-            raise ValueError("auto_batch_size needs a GPU: elsewhere too large a batch may bring down the system")
-        if (windows if run_args.auto_batch_size else run_args.gradient_accumulation_steps) % processes:
-            raise ValueError(
-                f"gradient_accumulation_steps={run_args.gradient_accumulation_steps} counts the micro-batches of all "
-                f"processes: it must be divisible by their number, {processes}"
-            )
+        check_shares(run_args.gradient_accumulation_steps, windows, run_args.auto_batch_size, accelerator)
         if run_args.optimizer == "muon" and accelerator.distributed_type == "FSDP":
             raise ValueError("optimizer=muon needs whole matrices, which FSDP cuts up: take --optimizer=adamw")
         with accelerator.main_process_first():
@@ -251,6 +252,9 @@ def main(argv: list[str]) -> None:
                 f"{data_args.data_dir} has {len(tokenizer)} tokens, but init_from={model_args.init_from} "
                 f"{config.vocab_size}"
             )
+        pushes = run_args.push_to_hub and not (run_args.eval_only or run_args.prepare_only)
+        hub = (run_args.hub_model_id, run_args.hub_private_repo, run_args.hub_strategy)
+        pusher = start_pusher(accelerator.is_main_process, out_dir, *hub) if pushes else None
     except ValueError as mistake:
         sys.exit(f"train_accelerate.py: error: {mistake}")
     if run_args.prepare_only:
@@ -300,6 +304,8 @@ def main(argv: list[str]) -> None:
         f"{run_args.batch_size} windows of {config.block_size} tokens"
     )
     run = {"recipe": recipe, "config": config.to_dict(), "data": data}
+    what = (config, parameters, record, recipe, step_tokens, describe(accelerator), find_commit())
+    report = Report((RECIPES / "MODEL_CARD.md").read_text(), pusher.model_id if pusher else out_dir.name, *what)
     trackers = Trackers(trackers if accelerator.is_main_process else [], out_dir.name, str(out_dir / "runs"), recipe)
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -307,18 +313,19 @@ def main(argv: list[str]) -> None:
     # made up for by the next one.
     saves = checkpoints.Saves()
 
-    def write_model(weights: dict[str, torch.Tensor]) -> None:
+    def write_model(weights: dict[str, torch.Tensor], samples: list[str]) -> None:
         with checkpoints.written_aside(out_dir) as folder:
-            accelerator.unwrap_model(model).save_pretrained(folder, state_dict=weights)
+            checkpoints.save_gathered(folder, accelerator.unwrap_model(model), weights)
             tokenizer.save_pretrained(folder)
-            (folder / "run.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
-            template, seen = (RECIPES / "MODEL_CARD.md").read_text(), state.step * step_tokens
-            write_report(folder, template, out_dir.name, config, record, state.history, state.step, seen)
+            report.write(folder, state.history, state.step, samples, earlier=out_dir / "README.md")
+        if pusher:
+            pusher.saved(f"step {state.step}: val loss {val_loss:.4f}")
 
     def save_model() -> None:
-        weights = accelerator.get_state_dict(model)  # every process takes part
+        weights = accelerator.get_state_dict(model)  # every process takes part, here and in drawing
+        samples = draw_samples(model, tokenizer, config.block_size, device)
         if accelerator.is_main_process:
-            saves.attempt("the model", write_model, weights)
+            saves.attempt("the model", write_model, weights, samples)
 
     def save_checkpoint() -> None:
         tensors = checkpoints.gather_tensors(model, optimizer.optimizer)  # every process, too
@@ -417,6 +424,8 @@ def main(argv: list[str]) -> None:
     # while a thread of its own still needs it to free the last gathered tensor.
     accelerator.wait_for_everyone()
     accelerator.end_training()
+    if pusher:  # last, as it may take longer than processes wait for each other
+        pusher.finish(f"step {state.step}: stopped" if stop else None)
     if stop or failed:
         sys.exit(f"train_accelerate.py: error: {failed}" if failed else 128 + stop)
 

@@ -30,6 +30,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from transformers import PreTrainedModel
+
+from .modeling_nanogpt import NanoGPTForCausalLM
 
 TENSORS, STATE = "training_state.pt", "state.json"
 
@@ -88,6 +91,18 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def save_gathered(folder: Path, model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> None:
+    """Save weights gathered from all processes as `model` saved its own, had training not changed its class.
+
+    FSDP2 makes it one of its own, whose code would be saved, and unties its weights, which would be saved twice.
+    """
+    with torch.device("meta"):
+        plain = NanoGPTForCausalLM(model.config)
+    plain.generation_config = model.generation_config
+    tied = plain.all_tied_weights_keys
+    plain.save_pretrained(folder, state_dict={name: each for name, each in weights.items() if name not in tied})
 
 
 def gather_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict:

@@ -9,6 +9,18 @@ from accelerate.utils.memory import should_reduce_batch_size
 from transformers import PreTrainedModel
 
 
+def check_shares(micro_batches: int, windows: int, automatic: bool, accelerator: Accelerator) -> None:
+    """Raise ValueError where the processes cannot share out a step: `windows` in all, in so many micro-batches."""
+    processes = accelerator.num_processes
+    if automatic and accelerator.device.type != "cuda":
+        raise ValueError("auto_batch_size needs a GPU: elsewhere too large a batch may bring down the system")
+    if (windows if automatic else micro_batches) % processes:
+        raise ValueError(
+            f"gradient_accumulation_steps={micro_batches} counts the micro-batches of all processes: it must be "
+            f"divisible by their number, {processes}"
+        )
+
+
 def largest_batch_size(model: PreTrainedModel, windows: int, accelerator: Accelerator) -> int:
     """The largest divisor of `windows` that fits into memory as a micro-batch, on every process.
 

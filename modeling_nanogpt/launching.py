@@ -19,6 +19,9 @@ TOGETHER = {
 
 def start_accelerator(dtype: str, attention: str) -> Accelerator:
     """The Accelerator of this process; raises ValueError where something else runs than what was launched."""
+    for other in ("DEEPSPEED", "MEGATRON_LM"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{other}"):
+            raise ValueError(f"accelerate launch asks for {other}: several processes train by DDP or FSDP2")
     launched_by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper() != "NO":

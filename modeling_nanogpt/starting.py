@@ -7,6 +7,7 @@ from pathlib import Path
 from .checkpointing import TrainState, list_checkpoints, newest_complete, read_checkpoint, read_tensors
 from .configuration_nanogpt import NanoGPTConfig
 from .modeling_nanogpt import NanoGPTForCausalLM
+from .pushing import fetch_run
 from .sources import check_given, choose_config, load_model
 
 
@@ -29,9 +30,13 @@ class Start:
 def find_start(init_from: str, shape: dict, out_dir: Path, recipe: dict, shaping: Iterable[str]) -> Start:
     """What `init_from` means, given the keys of NanoGPTConfig in `shape` and the flags of the recipe.
 
+    To resume where out_dir has no checkpoint, the run is fetched from hub_model_id, if the recipe has that.
+
     Raises ValueError where the source cannot be read or contradicts a flag (of those `shaping` what is learned, if a
     run is resumed), and where a new run would write over one that has not come to its end.
     """
+    revision = recipe.get("revision")
+    fetch_run(init_from, recipe.get("hub_model_id"), out_dir)
     folder = find_resumed(init_from, out_dir)
     if folder:
         state, run = read_checkpoint(folder)
@@ -40,8 +45,8 @@ def find_start(init_from: str, shape: dict, out_dir: Path, recipe: dict, shaping
         check_same_run(folder, state.step, run, recipe, shaping)
         start = Start(config, state=state, resumed=folder, run=run)
     else:
-        config = choose_config(init_from, shape)
-        start = Start(config, None if init_from == "scratch" else load_model(init_from, config))
+        config = choose_config(init_from, shape, revision)
+        start = Start(config, None if init_from == "scratch" else load_model(init_from, config, revision))
     start.superseded = superseded_by(out_dir, folder)
     if not (recipe["eval_only"] or recipe["prepare_only"]):  # which overwrite nothing
         check_unfinished(out_dir, folder)

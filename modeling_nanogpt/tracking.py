@@ -13,7 +13,7 @@ def choose_trackers(report_to: str) -> list[str]:
     for name in names:
         if name not in LOGGER_TYPE_TO_CLASS:
             raise ValueError(f"report_to={name} is no tracker: none, or some of {', '.join(LOGGER_TYPE_TO_CLASS)}")
-        if name in LoggerType.list() and name not in get_available_trackers():
+        if name in LoggerType.list() and LoggerType(name) not in get_available_trackers():
             raise ValueError(f"report_to={name}: it is not installed here; leave it out, or install it")
     return list(dict.fromkeys(names))
 

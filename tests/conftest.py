@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from hub_server import Hub
 
 import train_accelerate
 
@@ -78,3 +79,10 @@ def train(folder: Path, **flags) -> SimpleNamespace:
 def run(tmp_path_factory):
     """A finished run of the tiny recipe, to read and never to write."""
     return train(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture
+def hub():
+    """An empty Hub on loopback, for processes that a test starts by its `run`."""
+    with Hub() as hub:
+        yield hub

@@ -43,23 +43,24 @@ def start(recipe: Path, log: Path, *flags: str, before: tuple = (), environment:
     return process
 
 
-def start_together(count: int, recipe: Path, log: Path, *flags: str, before=lambda rank: ()) -> list[BaseProcess]:
-    """Start `count` processes that train together, as torchrun would; each says what it has to say in a log."""
+def start_together(
+    count: int, recipe: Path, log: Path, *flags: str, before=lambda rank: (), environment: dict | None = None
+) -> list[BaseProcess]:
+    """Start `count` processes that train together, as torchrun would; what process N says goes to `log`.N."""
+    shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    shared |= {"ACCELERATE_USE_CPU": "true"} | (environment or {})
+    running = []
+    for rank in range(count):
+        ours = shared | {"RANK": rank, "LOCAL_RANK": rank}
+        running.append(start(recipe, Path(f"{log}.{rank}"), *flags, before=before(rank), environment=ours))
+    return running
+
+
+def free_port() -> int:
+    """A port on which nobody listens."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    shared |= {"ACCELERATE_USE_CPU": "true"}
-    return [
-        start(
-            recipe,
-            log.with_suffix(f".{rank}"),
-            *flags,
-            before=before(rank),
-            environment=shared | {"RANK": rank, "LOCAL_RANK": rank},
-        )
-        for rank in range(count)
-    ]
+        return free.getsockname()[1]
 
 
 def live(argv: list[str], log: str, before: tuple, environment: dict) -> None:

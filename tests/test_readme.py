@@ -105,7 +105,7 @@ def test_a_training_command_names_a_recipe_and_flags_that_are_there(arguments, m
     given = dict(argument[2:].split("=") for argument in arguments if argument.startswith("--"))
     for key, value in given.items():
         (holder,) = (each for each in (model_args, data_args, run_args) if hasattr(each, key))
-        assert str(getattr(holder, key)) == value or float(value) == getattr(holder, key)
+        assert str(getattr(holder, key)).lower() == value.lower() or float(value) == getattr(holder, key)
 
 
 def module_commands():

@@ -313,6 +313,7 @@ OTHER |= {"decay_lr": "false", "warmup_iters": 3, "lr_decay_iters": 20, "min_lr"
 FREE = {"init_from", "out_dir", "batch_size", "gradient_accumulation_steps", "max_iters"}
 FREE |= {"eval_interval", "eval_tokens", "log_interval", "always_save_checkpoint", "save_interval", "keep_checkpoints"}
 FREE |= {"max_nonfinite_steps", "report_to", "eval_only", "prepare_only"}
+FREE |= {"push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy"}
 FREE |= {"dtype", "gradient_checkpointing", "auto_batch_size", "compile", "attn_implementation"}
 
 
@@ -323,7 +324,7 @@ def test_each_flag_is_either_free_or_compared():
     shape = {key for key in model if hasattr(NanoGPTConfig(), key)}
     assert set(SHAPING) == set(OTHER)
     assert not FREE & set(SHAPING)
-    assert model == shape | {"init_from"}
+    assert model == shape | {"init_from", "revision"}
     assert run | {"init_from", "windows"} == FREE | set(SHAPING)  # a new flag belongs into one of them
     assert {"corpus", "tokenizer", "vocab_size", "data_dir", "windows"} <= data  # the others' tokens are compared
 

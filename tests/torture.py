@@ -90,7 +90,7 @@ def kill_and_resume(folder: Path, processes: int, save_interval: int, kills: int
     logs.append(folder / f"windows-{len(logs)}")
     running = attempt(folder, processes, logs[-1], *flags)
     statuses = finish(*running)
-    assert statuses == [0] * processes, (folder / "log").with_suffix("" if processes == 1 else ".0").read_text()
+    assert statuses == [0] * processes, (folder / ("log" if processes == 1 else "log.0")).read_text()
     begun, windows = trained_on(folder.parent / "data", logs, processes)
     equal = same_weights(out_dir, folder.parent / f"unbroken-{processes}" / "out")
     return Row(processes, save_interval, strikes, begun, equal, windows)

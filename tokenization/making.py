@@ -78,7 +78,7 @@ def fill(
     else:
         cut = find_cut(corpus, arguments.val_fraction) if corpus.is_text else None
         tokenizer = make_tokenizer(corpus, cut, arguments)
-        tokenizer.save_pretrained(staging)
+        save_tokenizer(tokenizer, staging)
     check_learned(tokenizer, learned, arguments.data_dir)
     if corpus.is_text and cut is None and tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer={arguments.tokenizer} has no end-of-text token, which separates documents")
@@ -140,6 +140,13 @@ def make_tokenizer(corpus: Corpus, cut: int | None, arguments: DataArguments) ->
     if name == "char":  # of both splits, as in nanoGPT
         return train_char_tokenizer(text for text, _ in corpus.read())
     return train_bpe_tokenizer(train_texts(corpus, cut, arguments.val_fraction), arguments.vocab_size)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # the `tokenizers` library has no other for a disk that is full
+        raise OSError(str(error)) from None
 
 
 def train_texts(corpus: FileCorpus | HubCorpus, cut: int | None, val_fraction: float) -> Iterator[str]:

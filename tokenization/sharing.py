@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from .documents import first_line
-from .record import RECORD, read_record
+from .record import read_record
 
 CARD = """---
 configs:
@@ -59,11 +59,10 @@ def push_data_dir(data_dir: Path, name: str) -> str:
     )
     try:
         api = HfApi()
-        name = api.create_repo(name, repo_type="dataset", private=True, exist_ok=True).repo_id
+        address = api.create_repo(name, repo_type="dataset", private=True, exist_ok=True)
+        name = address.repo_id
         api.upload_file(path_or_fileobj=card.encode(), path_in_repo="README.md", repo_id=name, repo_type="dataset")
-        done = api.upload_folder(
-            folder_path=data_dir, repo_id=name, repo_type="dataset", ignore_patterns=[RECORD + ".*"]
-        )
+        api.upload_folder(folder_path=data_dir, repo_id=name, repo_type="dataset")
     except Exception as error:
         raise ValueError(f"push_to_hub={name}: {type(error).__name__}: {first_line(error)}") from None
-    return done
+    return str(address)

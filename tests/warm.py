@@ -1,0 +1,75 @@
+"""The prepare command in processes of their own that start at once: forked from one that has the libraries loaded."""
+
+import os
+import resource
+import signal
+import sys
+import time
+from multiprocessing import get_context
+from pathlib import Path
+from types import SimpleNamespace
+
+PRELOADED = ["tokenization.prepare", "tokenization.making"]
+
+
+class Command:
+    """`python -m tokenization.prepare` with these flags, as a process that a test may kill.
+
+    small: files and batches so small that a text of a megabyte has many, and so many seconds of rest after each entry
+    in the journal. most: bytes in a file, beyond which writing fails.
+    """
+
+    def __init__(self, folder: Path, *flags, small: float | None = None, most: int | None = None):
+        folder.mkdir(exist_ok=True)
+        self.said = folder / "stdout", folder / "stderr"
+        context = get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
+        self.process = context.Process(target=run, args=(list(map(str, flags)), small, most, *map(str, self.said)))
+        self.process.start()
+
+    def wait_for(self, condition, *arguments) -> None:
+        """Until a condition holds, which it must before the process ends."""
+        deadline = time.monotonic() + 60
+        while not condition(*arguments):
+            assert self.process.is_alive() or condition(*arguments), self.result()
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+
+    def result(self) -> SimpleNamespace:
+        """Its exit status and what it said, once it has ended."""
+        self.process.join(60)
+        stdout, stderr = (path.read_bytes().decode() if path.exists() else "" for path in self.said)
+        return SimpleNamespace(returncode=self.process.exitcode, stdout=stdout, stderr=stderr)
+
+    def kill(self, number: int = signal.SIGKILL) -> int:
+        os.kill(self.process.pid, number)
+        self.process.join(60)
+        return self.process.exitcode
+
+
+def run(flags: list[str], small: float | None, most: int | None, stdout: str, stderr: str) -> None:
+    """What the process does."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the server that forks has it ignored
+    for number, path in ((1, stdout), (2, stderr)):
+        os.dup2(os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY), number)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115  until it ends
+    from tokenization import documents, making, prepare, shards, splits
+
+    if small is not None:
+        documents.BLOCK, splits.BATCH, making.SHARD, shards.ROWS = 2**12, 2**12, 2**15, 4
+        write_journal = making.write_journal
+
+        def write_slowly(*arguments):
+            write_journal(*arguments)
+            time.sleep(small)
+
+        making.write_journal = write_slowly
+    if most is not None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    sys.argv = ["prepare", *flags]
+    try:
+        prepare.main()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
