@@ -28,7 +28,7 @@ from modeling_nanogpt import NanoGPTForCausalLM
 from modeling_nanogpt import checkpointing as checkpoints
 from modeling_nanogpt.fitting import check_shares, explain_out_of_memory, largest_batch_size
 from modeling_nanogpt.launching import describe, start_accelerator
-from modeling_nanogpt.optimization import adamw, learning_rate_at
+from modeling_nanogpt.optimization import learning_rate_at, make_optimizer
 from modeling_nanogpt.progress import Progress
 from modeling_nanogpt.publishing import Report, draw_samples, find_commit
 from modeling_nanogpt.pushing import start_pusher
@@ -75,7 +75,8 @@ class RunArguments:
     # batch: one optimizer step sees gradient_accumulation_steps * batch_size * block_size tokens
     batch_size: int = knob(12, "windows in a micro-batch")
     gradient_accumulation_steps: int = knob(40, "micro-batches in an optimizer step, over all processes together")
-    # AdamW
+    # optimizer
+    optimizer: Literal["adamw", "muon"] = knob("adamw", "of the blocks' matrices; all else is AdamW's")
     learning_rate: float = knob(6e-4, "the highest learning rate")
     max_iters: int = knob(600_000, "optimizer steps in all")
     weight_decay: float = knob(0.1, "of matrices and embeddings")
@@ -83,7 +84,9 @@ class RunArguments:
     beta2: float = knob(0.95, "decay of the mean of their squares")
     grad_clip: float = knob(1.0, "largest norm of the gradient; 0 clips nothing")
     # learning rate
-    decay_lr: bool = knob(True, "warmup and cosine decay; otherwise the learning rate is constant")
+    lr_schedule: Literal["cosine", "linear", "wsd", "constant"] = knob("cosine", "after warmup; wsd: late and linear")
+    decay_fraction: float = knob(0.4, "of wsd: the last part of lr_decay_iters, in which it decays")
+    decay_lr: bool = knob(True, "false: a constant learning rate, without warmup")
     warmup_iters: int = knob(2000, "optimizer steps of linear warmup")
     lr_decay_iters: int | None = knob(None, "optimizer step at which the decay ends (default: max_iters)")
     min_lr: float | None = knob(None, "where the decay ends (default: learning_rate / 10)")
@@ -114,19 +117,21 @@ class RunArguments:
     def __post_init__(self):
         self.lr_decay_iters = self.max_iters if self.lr_decay_iters is None else self.lr_decay_iters
         self.min_lr = self.learning_rate / 10 if self.min_lr is None else self.min_lr
+        if not self.decay_lr:
+            self.lr_schedule, self.warmup_iters = "constant", 0
         self.save_interval = self.eval_interval if self.save_interval is None else self.save_interval
         counts = ["batch_size", "gradient_accumulation_steps", "max_iters", "eval_interval", "log_interval"]
         counts += ["save_interval", "keep_checkpoints", "max_nonfinite_steps"]
-        below = {"beta1": 1, "beta2": 1, "seed": 2**32}
+        below = {"beta1": 1, "beta2": 1, "decay_fraction": 1, "seed": 2**32}
         for name, value in vars(self).items():
             least, limit = int(name in counts), below.get(name, math.inf)
             if isinstance(value, int | float) and not least <= value < limit:  # which nan is not, either
                 raise ValueError(f"{name}={value}, but it must be at least {least}, and below {limit}")
 
 
+SCHEDULE = ("learning_rate", "min_lr", "warmup_iters", "lr_decay_iters", "lr_schedule", "decay_fraction")
 # Flags that shape what is learned, the model's and the data's aside: a resumed run must have the same.
-SHAPING = ("learning_rate", "weight_decay", "beta1", "beta2", "grad_clip", "seed")
-SHAPING += ("decay_lr", "warmup_iters", "lr_decay_iters", "min_lr", "windows")
+SHAPING = (*SCHEDULE, "optimizer", "weight_decay", "beta1", "beta2", "grad_clip", "seed", "windows")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Functions of their arguments alone. A mistake of the user's is a ValueError, in one line.
@@ -233,6 +238,8 @@ def main(argv: list[str]) -> None:
         checkpoints.check_writable(run_args.out_dir)
         windows, processes = run_args.gradient_accumulation_steps * run_args.batch_size, accelerator.num_processes
         check_shares(run_args.gradient_accumulation_steps, windows, run_args.auto_batch_size, accelerator)
+        if run_args.optimizer == "muon" and accelerator.distributed_type == "FSDP":
+            raise ValueError("optimizer=muon needs whole matrices, which FSDP cuts up: take --optimizer=adamw")
         with accelerator.main_process_first():
             record = prepare(data_args, minimum_tokens=config.block_size + 1, learned=learned)
         data = {key: record[key] for key in ("sha256", "vocab_size", "tokens")}
@@ -275,7 +282,7 @@ def main(argv: list[str]) -> None:
     # -----------------------------------------------------------------------------------------------------------------
     # Optimizer, compile, prepare
     betas = (run_args.beta1, run_args.beta2)
-    optimizer = adamw(model, run_args.learning_rate, betas, run_args.weight_decay)
+    optimizer = make_optimizer(run_args.optimizer, model, run_args.learning_rate, betas, run_args.weight_decay)
     if run_args.compile:
         model.compile(dynamic=False)  # in place: no wrapper, no prefix in the names of the weights
     parameters = model.num_parameters()
@@ -357,9 +364,7 @@ def main(argv: list[str]) -> None:
             break
 
         # set the learning rate
-        lr = run_args.learning_rate
-        if run_args.decay_lr:
-            lr = learning_rate_at(step, lr, run_args.min_lr, run_args.warmup_iters, run_args.lr_decay_iters)
+        lr = learning_rate_at(step, *(getattr(run_args, name) for name in SCHEDULE))
         for group in optimizer.param_groups:
             group["lr"] = lr
 
@@ -434,7 +439,7 @@ def run(argv: list[str]) -> None:
             raise
         args = parse_arguments(argv)[2]
         size = (args.batch_size, args.gradient_accumulation_steps, args.gradient_checkpointing)
-        sys.exit(f"train_accelerate.py: error: {explain_out_of_memory(*size)}")
+        sys.exit(f"\ntrain_accelerate.py: error: {explain_out_of_memory(*size)}")  # below the bar
 
 
 if __name__ == "__main__":
