@@ -291,6 +291,8 @@ def main(argv: list[str]) -> None:
         f"a step: {step_tokens:,} tokens in {run_args.gradient_accumulation_steps} micro-batches of "
         f"{run_args.batch_size} windows of {config.block_size} tokens"
     )
+    if resumed:
+        accelerator.print(f"going on after step {state.step}, from {resumed}")
     run = {"recipe": recipe, "config": config.to_dict(), "data": data}
     superseded = checkpoints.superseded_by(out_dir, resumed)
     trackers = Trackers(trackers if accelerator.is_main_process else [], out_dir.name, str(out_dir / "runs"), recipe)
