@@ -191,6 +191,7 @@ def train(job: tuple) -> dict:
     resolved = yaml.safe_load((Path(out_dir) / "run.yaml").read_text())
     shutil.rmtree(out_dir)
     tokens = math.prod(resolved[key] for key in ("gradient_accumulation_steps", "batch_size", "block_size"))
+    evaluated = [entry for entry in history if "val_loss" in entry and entry["step"] > 0]
     return {
         "study": study,
         "variant": variant,
