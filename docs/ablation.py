@@ -198,9 +198,7 @@ def train(job: tuple) -> dict:
         "seed": seed,
         "tokens_per_step": tokens,
         "ms_per_step": 1000 * statistics.median(tokens / e["tokens_per_second"] for e in history if "loss" in e),
-        "val_losses": [
-            [entry["step"], entry["val_loss"]] for entry in history if "val_loss" in entry and entry["step"]
-        ],
+        "val_losses": [[entry["step"], entry["val_loss"]] for entry in evaluated],
     }
 
 
