@@ -439,7 +439,7 @@ def run(argv: list[str]) -> None:
             raise
         args = parse_arguments(argv)[2]
         size = (args.batch_size, args.gradient_accumulation_steps, args.gradient_checkpointing)
-        sys.exit(f"train_accelerate.py: error: {explain_out_of_memory(*size)}")
+        sys.exit(f"\ntrain_accelerate.py: error: {explain_out_of_memory(*size)}")  # below the bar
 
 
 if __name__ == "__main__":

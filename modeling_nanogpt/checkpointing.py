@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from tqdm import tqdm  # what it writes does not run into a bar
 from transformers import PreTrainedModel
 
 from .modeling_nanogpt import NanoGPTForCausalLM
@@ -235,5 +236,6 @@ class Saves:
             save(*args)
             self._failures.pop(what, None)
         except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError is how torch says that a disk is full
-            self._failures[what] = str(error).strip().split("\n")[0]
-            print(f"{what} could not be saved ({self._failures[what]}): the next save tries again", file=sys.stderr)
+            cause = error.__context__ if isinstance(error.__context__, OSError) else error
+            reason = self._failures[what] = str(cause).strip().split("\n")[0]
+            tqdm.write(f"{what} could not be saved ({reason}): the next save tries again", file=sys.stderr)

@@ -9,11 +9,11 @@ from accelerate.utils import DistributedType, parse_flag_from_env
 
 # How the processes of each kind train together.
 TOGETHER = {
-    DistributedType.NO: "alone",
-    DistributedType.MULTI_CPU: "DDP",
-    DistributedType.MULTI_GPU: "DDP",
-    DistributedType.MULTI_XPU: "DDP",
-    DistributedType.FSDP: "FSDP2",
+    DistributedType.NO: "",
+    DistributedType.MULTI_CPU: " by DDP",
+    DistributedType.MULTI_GPU: " by DDP",
+    DistributedType.MULTI_XPU: " by DDP",
+    DistributedType.FSDP: " by FSDP2",
 }
 
 
@@ -88,5 +88,5 @@ def describe(accelerator: Accelerator) -> str:
     machines = int(os.environ.get("GROUP_WORLD_SIZE", 1))  # torchrun's word for them
     arithmetic = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}[accelerator.mixed_precision]
     where = f" on {machines} machines" if machines > 1 else ""
-    together = f" by {TOGETHER[accelerator.distributed_type]}" if count > 1 else ""
+    together = TOGETHER[accelerator.distributed_type]
     return f"{count} process{'es' * (count > 1)}{where}{together} ({name}), {arithmetic}"

@@ -210,30 +210,36 @@ def fence(text: str, language: str = "text") -> str:
 def plot_losses(path: Path, history: list[dict], step_tokens: int) -> None:
     """Draw the losses of both splits (nats a token) against the tokens trained on, as a PNG.
 
-    The fall of the first twentieth may leave the picture at its top: on its scale the rest would look flat.
+    The fall of the first twentieth may leave the picture at its top, as on its scale the rest would look flat; an
+    evaluation that lies up there is left out.
     """
     # only a save needs it; without pyplot there is no display and no global state
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, FuncFormatter
 
+    last_step = max(entry["step"] for entry in history)
+    points = {  # of each kind of loss, those that are numbers
+        key: [(entry["step"], entry[key]) for entry in history if math.isfinite(entry.get(key, math.nan))]
+        for key in ("loss", "eval_train_loss", "val_loss")
+    }
+    shown = [loss for kind in points.values() for step, loss in kind if step > last_step / 20 or last_step == 0]
+    low, high = min(shown, default=0.0), max(shown, default=1.0)
+    margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
+    low, high = low - margin, high + margin
+
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
     axes = figure.add_subplot()
-    shown, last_step = [], max(entry["step"] for entry in history)
+    best = min((loss for _, loss in points["val_loss"]), default=math.nan)
     for key, label, style in (
         ("loss", "training, as logged", {"color": "#c6dbef", "linewidth": 1}),
         ("eval_train_loss", "training, evaluated", {"color": "#1f77b4", "marker": "o", "markersize": 3}),
-        ("val_loss", "validation", {"color": "#ff7f0e", "marker": "o", "markersize": 3}),
+        ("val_loss", f"validation, lowest {best:.3f}", {"color": "#ff7f0e", "marker": "o", "markersize": 3}),
     ):
-        points = [(entry["step"], entry[key]) for entry in history if math.isfinite(entry.get(key, math.nan))]
-        if not points:
-            continue
-        steps, losses = zip(*points, strict=True)
-        label += f", lowest {min(losses):.3f}" if key == "val_loss" else ""
-        axes.plot([step * step_tokens for step in steps], losses, label=label, **style)
-        shown += [loss for step, loss in points if step > last_step / 20 or last_step == 0]
-    if shown:
-        margin = 0.06 * (max(shown) - min(shown)) or 0.1 * abs(shown[0]) or 1.0
-        axes.set_ylim(min(shown) - margin, max(shown) + margin)
+        drawn = [(step * step_tokens, loss) for step, loss in points[key] if key == "loss" or loss <= high]
+        if drawn:
+            axes.plot(*zip(*drawn, strict=True), label=label, **style)
+    axes.set_ylim(low, high)
+    if axes.lines:
         axes.legend(frameon=False)
     engineering = EngFormatter(sep="")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: engineering(tokens).replace("G", "B")))

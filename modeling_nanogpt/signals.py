@@ -24,7 +24,7 @@ class Signals:
             self._save = True
         elif not self._stop:
             self._stop, self._stopped_at = number, time.monotonic()
-            line = f"{signal.Signals(number).name}: saving after this step; again to quit at once\n"
+            line = f"\n{signal.Signals(number).name}: saving after this step; again to quit at once\n"
             os.write(2, line.encode())  # print would fail where the signal has interrupted one
         elif time.monotonic() - self._stopped_at > 1:  # within a second it is a launcher that passes on the first
             os._exit(128 + number)

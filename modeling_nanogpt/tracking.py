@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import LoggerType
+from tqdm import tqdm  # what it writes does not run into a bar
 
 
 def choose_trackers(report_to: str) -> list[str]:
@@ -51,4 +52,4 @@ class Trackers:
         except Exception as error:  # whatever a tracker may raise
             self._trackers.pop(name, None)
             reason = str(error).strip().split("\n")[0]
-            print(f"report_to={name} failed, and is left out from here on: {reason}", file=sys.stderr)
+            tqdm.write(f"report_to={name} failed, and is left out from here on: {reason}", file=sys.stderr)

@@ -9,10 +9,13 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 from conftest import TINY, write_corpus, write_recipe
 
 import train_accelerate
@@ -140,3 +143,37 @@ def die_at_file_operation(count: int, folder: str) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
+
+
+def at_step(step: int, function: Callable, *arguments) -> None:
+    """Call a function when training comes to a step, before its windows are looked at."""
+    seed_dropout = train_accelerate.seed_dropout
+
+    def first(seed, now, process):
+        if now == step:
+            function(*arguments)
+        seed_dropout(seed, now, process)
+
+    train_accelerate.seed_dropout = first
+
+
+def send_itself(number: int) -> None:
+    """Send a signal to this very process."""
+    os.kill(os.getpid(), number)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What `accelerate launch` would start
+
+
+def launch(configuration: str, *flags: str) -> tuple[str, dict]:
+    """How `accelerate launch` starts a script by one of our configurations: with what, and in which environment."""
+    parser = launch_command_parser()
+    path = ROOT / "hub_configs" / "accelerate" / f"{configuration}.yaml"
+    args = parser.parse_args(["--config_file", str(path), *flags, str(ROOT / "train_accelerate.py")])
+    args, _, _ = _validate_launch_command(args)
+    if not (args.use_fsdp or args.multi_gpu):
+        return "python", prepare_simple_launcher_cmd_env(args)[1]
+    environment = prepare_multi_gpu_env(args)  # fills in the options that torchrun is given, too
+    options = ("nnodes", "node_rank", "nproc_per_node", "rdzv_endpoint")
+    return "torchrun", environment | {key: vars(args).get(key) for key in options}

@@ -16,7 +16,7 @@ import pytest
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
-from runs import ROOT, finish, free_port, log_windows, read_windows, recipe_of, start, start_together
+from runs import ROOT, finish, free_port, launch, log_windows, read_windows, recipe_of, start, start_together
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
@@ -248,7 +248,7 @@ def wait_for_steps(log, steps, status):
 # ---------------------------------------------------------------------------------------------------------------------
 # FSDP2, which Accelerate takes up on GPUs only: here it is told that these are some
 
-SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+SHARDED = {key: value for key, value in launch("fsdp2")[1].items() if key.startswith(("FSDP", "ACCELERATE_USE_FSDP"))}
 
 
 def take_cpus_for_gpus() -> None:

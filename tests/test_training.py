@@ -11,13 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import set_seed
 from conftest import TINY, train, write_corpus, write_recipe
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import train_accelerate
+from modeling_nanogpt import NanoGPTForCausalLM
 from modeling_nanogpt.optimization import learning_rate_at
-from tokenization.windows import open_stream
+from tokenization.windows import open_stream, training_windows
 
 ROOT = Path(__file__).parent.parent
 
@@ -96,6 +99,31 @@ def test_another_seed_is_another_run(run, tmp_path):
 def test_accumulated_micro_batches_equal_one_batch(run, tmp_path, batch_size, micro_batches):
     split = train(tmp_path, batch_size=batch_size, gradient_accumulation_steps=micro_batches)
     assert split.losses == pytest.approx(run.losses, abs=1e-5)
+
+
+def test_every_target_of_a_step_counts_the_same_however_short_its_window(tmp_path, monkeypatch):
+    # A step of plain gradient descent over two epochs, a short window in each, beside one gradient of all in float64.
+    descend = lambda model, lr, *rest: torch.optim.SGD(model.parameters(), lr)  # noqa: E731
+    monkeypatch.setattr(train_accelerate, "adamw", descend)
+    flags = {"windows": "epoch", "max_iters": 1, "eval_interval": 1, "grad_clip": 0, "decay_lr": False}
+    flags |= {"dtype": "float32", "learning_rate": 1.0, "block_size": 101, "dropout": 0.0}
+    run = train(tmp_path, **flags, batch_size=3, gradient_accumulation_steps=36)
+    stream = open_stream(run.data_dir, "train")
+    offsets, targets = training_windows("epoch", 1337, 0, 108, len(stream), 101)
+    assert sorted(targets.tolist())[:3] == [47, 47, 101]
+    trained = AutoModelForCausalLM.from_pretrained(run.out_dir)
+    set_seed(1337)
+    model = NanoGPTForCausalLM(trained.config)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    model.double()
+    ids = torch.from_numpy(stream.windows(offsets, targets, 101))
+    logits = model(ids[:, :-1].clamp(min=0)).logits.transpose(1, 2)
+    loss = torch.nn.functional.cross_entropy(logits, ids[:, 1:], reduction="sum") / targets.sum()
+    assert loss.item() == pytest.approx(run.losses[0], abs=1e-5)
+    loss.backward()
+    for name, weight in model.named_parameters():
+        step = before[name] - trained.state_dict()[name]
+        torch.testing.assert_close(step.double(), weight.grad, rtol=1e-3, atol=1e-6)
 
 
 def test_two_processes_train_on_the_same_windows(tmp_path):
