@@ -303,6 +303,8 @@ def main(argv: list[str]) -> None:
         f"a step: {step_tokens:,} tokens in {run_args.gradient_accumulation_steps} micro-batches of "
         f"{run_args.batch_size} windows of {config.block_size} tokens"
     )
+    if start.resumed:
+        accelerator.print(f"going on after step {state.step}, from {start.resumed}")
     run = {"recipe": recipe, "config": config.to_dict(), "data": data}
     what = (config, parameters, record, recipe, step_tokens, describe(accelerator), find_commit())
     report = Report((RECIPES / "MODEL_CARD.md").read_text(), pusher.model_id if pusher else out_dir.name, *what)

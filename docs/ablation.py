@@ -88,16 +88,13 @@ def row_norms(optimizer, step):
     """Each neuron's update divided by a running root mean square of its own (NorMuon, 2510.05491)."""
     weights = [p for group in optimizer.param_groups if group["parts"] for p in group["params"]]
     before = [p.detach().clone() for p in weights]
-    decays = [group["weight_decay"] for group in optimizer.param_groups]
     step(optimizer)
     for p, old in zip(weights, before, strict=True):
-        update = p.detach() - old
-        state = optimizer.state[p]
+        update, state = p.detach() - old, optimizer.state[p]
         square = update.square().mean(1, keepdim=True)
         state["square"] = state.get("square", torch.zeros_like(square)).lerp(square, 0.05)
         scaled = update / state["square"].sqrt().clamp(min=1e-10)
         p.data.copy_(old + scaled * (update.norm() / scaled.norm().clamp(min=1e-10)))
-    del decays
 
 
 def zero_projections():
@@ -169,7 +166,7 @@ STUDIES = {
     "widths": (FAST | CPU | {"max_iters": 200}, WIDTHS),
     "wide": (WIDE | FAST, CHANGES),
     "recipes": (CPU, RECIPES),
-    "speed": (CPU | {"max_iters": 200, "eval_interval": 1_000_000}, RECIPES),
+    "speed": (CPU | {"eval_interval": 1_000_000, "max_iters": 200}, {"nanoGPT's": {}, "fast": FAST}),
 }
 
 
@@ -194,13 +191,14 @@ def train(job: tuple) -> dict:
     resolved = yaml.safe_load((Path(out_dir) / "run.yaml").read_text())
     shutil.rmtree(out_dir)
     tokens = math.prod(resolved[key] for key in ("gradient_accumulation_steps", "batch_size", "block_size"))
+    evaluated = [entry for entry in history if "val_loss" in entry and entry["step"] > 0]
     return {
         "study": study,
         "variant": variant,
         "seed": seed,
         "tokens_per_step": tokens,
         "ms_per_step": 1000 * statistics.median(tokens / e["tokens_per_second"] for e in history if "loss" in e),
-        "val_losses": [[entry["step"], entry["val_loss"]] for entry in history if "val_loss" in entry][1:],
+        "val_losses": [[entry["step"], entry["val_loss"]] for entry in evaluated],
     }
 
 

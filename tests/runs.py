@@ -22,7 +22,7 @@ import train_accelerate
 
 ROOT = Path(__file__).parent.parent
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["runs"])
+FORKS.set_forkserver_preload(["runs", "matplotlib.figure", "matplotlib.backends.backend_agg"])  # each save draws
 
 
 def recipe_of(folder: Path, **flags) -> Path:
