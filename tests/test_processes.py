@@ -401,7 +401,8 @@ def test_fsdp1_is_refused(folder, tmp_path):
     [
         ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, ["dynamo", "--compile=true"]),
         ({"WORLD_SIZE": "2"}, ["2 processes were started", "ACCELERATE_USE_CPU=true"]),
-        ({"ACCELERATE_USE_FSDP": "true"}, ["FSDP", "several GPUs"]),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, ["FSDP", "several GPUs"]),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, ["FSDP 1", "fsdp_version: 2"]),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, ["DEEPSPEED", "DDP or FSDP2"]),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, ["MEGATRON_LM", "DDP or FSDP2"]),
         ({"ACCELERATE_MIXED_PRECISION": "fp16", "ACCELERATE_USE_CPU": "true"}, ["float16", "GPU"]),
