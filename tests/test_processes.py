@@ -123,21 +123,15 @@ def test_each_process_trains_on_its_share_of_the_steps_windows(request, folder, 
         assert ours.tolist() == training_offsets(1337, step, 8, len(stream), 16).tolist()
 
 
-def test_plain_transformers_loads_what_several_processes_saved(two, alone):
-    command = "import sys; from transformers import AutoModelForCausalLM as auto; "
-    command += "print(type(auto.from_pretrained(sys.argv[1], trust_remote_code=True)).__name__)"
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    loaded = subprocess.run(
-        [sys.executable, "-c", command, two.out_dir],
-        cwd=two.out_dir.parent,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert loaded.stdout.strip() == "NanoGPTForCausalLM", loaded.stderr
-    ours, theirs = (load_file(run.out_dir / "model.safetensors") for run in (two, alone))
+def test_what_several_processes_saved_is_the_same_folder(together, alone):
+    names = [{str(path.relative_to(run.out_dir)) for path in run.out_dir.rglob("*")} for run in (together, alone)]
+    assert names[0] == names[1]
+    for name in ("config.json", "generation_config.json", "modeling_nanogpt.py", "configuration_nanogpt.py"):
+        assert (together.out_dir / name).read_bytes() == (alone.out_dir / name).read_bytes()
+    ours, theirs = (load_file(run.out_dir / "model.safetensors") for run in (together, alone))
     assert ours.keys() == theirs.keys()
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-3) for name in ours)
+    assert AutoModelForCausalLM.from_pretrained(together.out_dir).num_parameters() > 30_000
 
 
 @pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
