@@ -22,6 +22,8 @@ def start_accelerator(dtype: str, attention: str) -> Accelerator:
     for other in ("DEEPSPEED", "MEGATRON_LM"):
         if parse_flag_from_env(f"ACCELERATE_USE_{other}"):
             raise ValueError(f"accelerate launch asks for {other}: several processes train by DDP or FSDP2")
+    if parse_flag_from_env("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION", "1") != "2":
+        raise ValueError("accelerate launch asks for FSDP 1: set fsdp_version: 2 in its configuration")
     launched_by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper() != "NO":
@@ -36,8 +38,6 @@ def start_accelerator(dtype: str, attention: str) -> Accelerator:
         )
     if parse_flag_from_env("ACCELERATE_USE_FSDP") and accelerator.distributed_type != DistributedType.FSDP:
         raise ValueError("accelerate launch asks for FSDP, which needs several GPUs: without it, DDP does it")
-    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
-        raise ValueError("accelerate launch asks for FSDP 1: set fsdp_version: 2 in its configuration")
     started = int(os.environ.get("WORLD_SIZE", 1))
     if started != accelerator.num_processes:  # as torchrun alone does on CPUs
         raise ValueError(f"{started} processes were started, but each is alone: set ACCELERATE_USE_CPU=true")

@@ -78,7 +78,7 @@ def live(argv: list[str], log: str, before: tuple, environment: dict) -> None:
     train_accelerate.run(argv)
 
 
-def finish(*processes: BaseProcess, seconds: float = 120) -> list[int]:
+def finish(*processes: BaseProcess, seconds: float = 300) -> list[int]:
     """Wait for all, and end the others where one fails; returns their exit statuses, -N where signal N killed one."""
     deadline = time.monotonic() + seconds
     while any(process.exitcode is None for process in processes):
