@@ -1,11 +1,12 @@
 """From what was launched to one Accelerator: what was asked for is what runs, or one line says why not."""
 
 import os
+from collections.abc import Callable
 
 import psutil
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
-from accelerate.utils import DistributedType, parse_flag_from_env
+from accelerate.utils import DistributedType, broadcast_object_list, parse_flag_from_env
 
 # How the processes of each kind train together.
 TOGETHER = {
@@ -53,6 +54,20 @@ def start_accelerator(dtype: str, attention: str) -> Accelerator:
     if accelerator.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 where the arithmetic is float32
     return accelerator
+
+
+def main_first(call: Callable):
+    """What call() returns, on the main process first; a ValueError there is everybody's, so that none waits for it."""
+    is_main, result, mistakes = PartialState().is_main_process, None, [None]
+    if is_main:
+        try:
+            result = call()
+        except ValueError as mistake:
+            mistakes = [str(mistake)]
+    broadcast_object_list(mistakes)
+    if mistakes[0]:
+        raise ValueError(mistakes[0])
+    return result if is_main else call()
 
 
 def choose_precision(dtype: str, attention: str, device: torch.device) -> str:

@@ -360,7 +360,7 @@ def test_a_loss_that_is_not_finite_on_one_process_is_skipped_on_all(folder, tmp_
 # What cannot run as it was launched
 
 
-def refused(folder, out_dir, processes, environment, before=()):
+def refused(folder, out_dir, processes, environment, before=(), flags=()):
     """What each of several processes says before it stops, having written nothing."""
     log = out_dir.with_suffix(".log")
     running = start_together(
@@ -368,6 +368,7 @@ def refused(folder, out_dir, processes, environment, before=()):
         folder / "recipe.yaml",
         log,
         f"--out_dir={out_dir}",
+        *flags,
         before=lambda rank: before,
         environment=environment,
     )
@@ -424,3 +425,9 @@ def test_accelerate_launch_with_two_processes_on_cpus_is_refused(folder, tmp_pat
     (line,) = re.findall(r"^train_accelerate\.py: error: .*$", result.stderr, re.M)
     assert "several processes, but starts one" in line and "torchrun --standalone --nproc_per_node" in line
     assert result.returncode != 0 and result.stdout == "" and not (tmp_path / "out").exists()
+
+
+def test_a_mistake_that_the_main_process_finds_is_a_line_of_each(folder, tmp_path):
+    flags = ("--corpus=nowhere.txt", f"--data_dir={tmp_path / 'data'}")
+    line = refused(folder, tmp_path / "out", 2, {}, flags=flags)
+    assert "corpus=nowhere.txt" in line
