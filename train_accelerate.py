@@ -213,9 +213,8 @@ def main(argv: list[str]) -> None:
             config = NanoGPTConfig(**run["config"])
             check_given(config, model_args.shape(), source)
             checkpoints.check_same_run(resumed, state.step, run, recipe, SHAPING)
-            recipe |= {
-                key: value for key, value in run["recipe"].items() if key in vars(model_args)
-            }  # the whole run's
+            begun = {key: value for key, value in run["recipe"].items() if key in vars(model_args)}
+            recipe |= begun  # run.yaml repeats the whole run
         else:
             config = choose_config(source, model_args.shape())
             if source != "scratch":
