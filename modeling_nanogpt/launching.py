@@ -2,12 +2,14 @@
 
 import os
 from collections.abc import Callable
+from datetime import timedelta
 
 import psutil
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.utils import DistributedType, broadcast_object_list, parse_flag_from_env
 
+PATIENCE = timedelta(days=1)  # of the other processes, while the main one prepares billions of tokens
 # How the processes of each kind train together.
 TOGETHER = {
     DistributedType.NO: "",
@@ -26,12 +28,12 @@ def start_accelerator(dtype: str, attention: str) -> Accelerator:
     if parse_flag_from_env("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION", "1") != "2":
         raise ValueError("accelerate launch asks for FSDP 1: set fsdp_version: 2 in its configuration")
     launched_by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PATIENCE)
     if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper() != "NO":
         raise ValueError("accelerate launch asks for a dynamo backend: leave it out and give --compile=true")
     accelerator = Accelerator(
         mixed_precision=choose_precision(dtype, attention, state.device),
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     if accelerator.distributed_type not in TOGETHER:
         raise ValueError(
