@@ -348,6 +348,11 @@ def test_zstd_without_its_library_says_which(tmp_path):
         assert read(path) == ["a\r\nb"]
 
 
+def test_a_text_in_place_of_its_name_is_refused():
+    with pytest.raises(ValueError, match="cannot be read: File name too long"):
+        read("To be, or not to be, that is the question. " * 100)
+
+
 @pytest.mark.parametrize("name", ["missing.txt", "missing/*.txt", "texts/missing.txt", "a/b/c", "", "~/x", "a b/c"])
 def test_a_name_that_is_nothing_is_refused(name):
     with pytest.raises(ValueError, match="no such file, folder, glob or Hub dataset") as raised:

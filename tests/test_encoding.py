@@ -198,6 +198,15 @@ def test_merges_that_skip_a_step_are_left_to_the_library():
     assert type(make_encoder(tokenizer)) is LibraryEncoder
 
 
+def test_a_merge_whose_token_is_missing_is_left_to_the_library():
+    # The library would not load it; a description of it is refused all the same.
+    letters = encoding_module.byte_letters()
+    vocabulary = {letter: i for i, letter in enumerate(letters)}
+    model = {"type": "BPE", "vocab": vocabulary, "merges": [["a", "b"]]}
+    assert encoding_module.ranks_of(model, set()) is None
+    assert encoding_module.ranks_of(model | {"merges": []}, set()) == {bytes([i]): i for i in range(256)}
+
+
 def word_level(words, **options):
     tokenizer = Tokenizer(
         models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=options.get("unk", "?!"))

@@ -60,14 +60,14 @@ class BinCorpus:
 
 def count_bytes(tokenizer) -> np.ndarray:
     """How many bytes of text each token stands for (V,) int64; special tokens stand for none."""
-    encoder = make_encoder(tokenizer.backend_tokenizer)
+    encoder, vocabulary = make_encoder(tokenizer.backend_tokenizer), tokenizer.get_vocab()
     if isinstance(encoder, TiktokenEncoder):  # its tokens are spelled in letters that stand for bytes
-        sizes = {token: len(token) for token in tokenizer.get_vocab()}
+        sizes = [len(token) for token in vocabulary]
     elif isinstance(encoder, TableEncoder):
-        sizes = {token: len(token.encode()) if len(token) == 1 else 1 for token in tokenizer.get_vocab()}
+        sizes = [len(token.encode()) if len(token) == 1 else 1 for token in vocabulary]
     else:
-        sizes = {token: len(tokenizer.decode([i]).encode()) for token, i in tokenizer.get_vocab().items()}
+        sizes = [len(tokenizer.decode([i]).encode()) for i in vocabulary.values()]
     result = np.zeros(len(tokenizer), dtype=np.int64)
-    result[[tokenizer.get_vocab()[token] for token in sizes]] = list(sizes.values())
+    result[list(vocabulary.values())] = sizes
     result[tokenizer.all_special_ids] = 0
     return result

@@ -138,11 +138,14 @@ class HubCorpus:
 def open_corpus(arguments: DataArguments) -> FileCorpus | HubCorpus | BinCorpus:
     """The corpus that the flags name; raises ValueError where there is none."""
     name = arguments.corpus
-    if is_bins(name):
-        return BinCorpus(name)
-    paths = find_files(name)
-    if paths:
-        return FileCorpus(name, paths, arguments.text_column)
+    try:
+        if is_bins(name):
+            return BinCorpus(name)
+        paths = find_files(name)
+        if paths:
+            return FileCorpus(name, paths, arguments.text_column)
+    except OSError as error:  # a name too long, a folder that may not be read
+        raise ValueError(f"corpus={name} cannot be read: {error.strerror}") from None
     if HUB_ID.fullmatch(name) and kind_of(name) not in {".txt", *READERS}:
         return HubCorpus(arguments)
     raise ValueError(f"corpus={name}: no such file, folder, glob or Hub dataset; {STDLIB} is always there")

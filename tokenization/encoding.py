@@ -22,13 +22,13 @@ import numpy as np
 import tiktoken
 from tokenizers import Tokenizer
 
-# GPT-2's words in three spellings: that of the `tokenizers` library, tiktoken's, and OpenAI's own. See read_text.
+# GPT-2's words as OpenAI and the `tokenizers` library spell them, and as tiktoken does. See read_text.
+LIBRARY_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 GPT2_WORDS = {
-    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    LIBRARY_WORDS,
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
 }
-FASTEST_GPT2_WORDS = min(GPT2_WORDS, key=lambda pattern: "++" in pattern)
 UNLOOKING_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+"
 WHITE_SPACE = np.zeros(0x3002, dtype=bool)  # what \s matches; the last place stands for all beyond
 WHITE_SPACE[[*range(9, 14), 32, 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B)]] = True
@@ -124,8 +124,8 @@ class TiktokenEncoder:
 
     def __init__(self, words: str, ranks: dict[bytes, int], tokenizer: Tokenizer):
         self.words, self.ranks, self.cuts = words, ranks, words in GPT2_WORDS
-        self.library = LibraryEncoder(tokenizer)
-        pattern = FASTEST_GPT2_WORDS if self.cuts else words
+        self.tokenizer = tokenizer
+        pattern = LIBRARY_WORDS if self.cuts else words
         self.encoding = tiktoken.Encoding("", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
         if self.cuts:
             self.unlooking = tiktoken.Encoding("", pat_str=UNLOOKING_WORDS, mergeable_ranks=ranks, special_tokens={})
@@ -138,7 +138,7 @@ class TiktokenEncoder:
             ids = chain.from_iterable(map(self.unlooking.encode_ordinary, parts))
             return np.fromiter(ids, dtype=np.uint32)
         if has_long_space(text):
-            return self.library.encode([text])[0]
+            return LibraryEncoder(self.tokenizer).encode([text])[0]
         return np.array(self.encoding.encode_ordinary(text), dtype=np.uint32)
 
     def count_unknowns(self, texts: list[str], ids: list[np.ndarray]) -> int:
@@ -191,7 +191,7 @@ def words_of(pre_tokenizer: dict | None) -> str | None:
         case None:
             return ""
         case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}:
-            return r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+            return LIBRARY_WORDS
         case {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}:
             return pattern
         case {
@@ -225,7 +225,7 @@ def ranks_of(model: dict, special: set[str]) -> dict[bytes, int] | None:
     for left, right in (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]):
         pair = [bytes(letters[letter] for letter in part) for part in (left, right)]
         token, i = b"".join(pair), vocabulary.get(left + right, -1)
-        if i < last:
+        if i < max(last, 0):
             return None
         if i > last:
             expected = merge_bytes(token, merged)

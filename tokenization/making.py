@@ -89,6 +89,7 @@ def fill(
         for split in ("train", "val")
     }
     written = in_files = count_tokens(writers)
+    started = time.perf_counter()
     bar = open_bar(corpus.bytes, sum(writer.state["bytes"] for writer in writers.values()))
     for parts, state in encode_corpus(corpus, tokenizer, cut, arguments, id_type, journal.get("state")):
         for split, part in parts.items():
@@ -98,7 +99,7 @@ def fill(
             in_files = tokens
             states = {split: writer.finish_file() for split, writer in writers.items()}
             write_journal(staging, {"made_from": made_from, "cut": cut, "state": state, "splits": states})
-        bar.set_postfix_str(f"{(tokens - written) / (time.perf_counter() - bar.start_t):,.0f} tok/s", refresh=False)
+        bar.set_postfix_str(f"{(tokens - written) / (time.perf_counter() - started):,.0f} tok/s", refresh=False)
         bar.update(sum(part.bytes for part in parts.values()))
     bar.close()
 
