@@ -27,7 +27,7 @@ from transformers.utils.logging import disable_progress_bar
 from modeling_nanogpt import NanoGPTForCausalLM
 from modeling_nanogpt import checkpointing as checkpoints
 from modeling_nanogpt.fitting import check_shares, explain_out_of_memory, largest_batch_size
-from modeling_nanogpt.launching import describe, start_accelerator
+from modeling_nanogpt.launching import describe, main_first, start_accelerator
 from modeling_nanogpt.optimization import learning_rate_at, make_optimizer
 from modeling_nanogpt.progress import Progress
 from modeling_nanogpt.publishing import Report, draw_samples, find_commit
@@ -240,8 +240,7 @@ def main(argv: list[str]) -> None:
         check_shares(run_args.gradient_accumulation_steps, windows, run_args.auto_batch_size, accelerator)
         if run_args.optimizer == "muon" and accelerator.distributed_type == "FSDP":
             raise ValueError("optimizer=muon needs whole matrices, which FSDP cuts up: take --optimizer=adamw")
-        with accelerator.main_process_first():
-            record = prepare(data_args, minimum_tokens=config.block_size + 1, learned=learned)
+        record = main_first(lambda: prepare(data_args, minimum_tokens=config.block_size + 1, learned=learned))
         data = {key: record[key] for key in ("sha256", "vocab_size", "tokens")}
         if start.resumed and start.run["data"] != data:
             raise ValueError(f"data_dir={data_args.data_dir} holds other data than {start.resumed} was trained on")
@@ -303,6 +302,8 @@ def main(argv: list[str]) -> None:
         f"a step: {step_tokens:,} tokens in {run_args.gradient_accumulation_steps} micro-batches of "
         f"{run_args.batch_size} windows of {config.block_size} tokens"
     )
+    if start.resumed:
+        accelerator.print(f"going on after step {state.step}, from {start.resumed}")
     run = {"recipe": recipe, "config": config.to_dict(), "data": data}
     what = (config, parameters, record, recipe, step_tokens, describe(accelerator), find_commit())
     report = Report((RECIPES / "MODEL_CARD.md").read_text(), pusher.model_id if pusher else out_dir.name, *what)

@@ -1,12 +1,15 @@
 """From what was launched to one Accelerator: what was asked for is what runs, or one line says why not."""
 
 import os
+from collections.abc import Callable
+from datetime import timedelta
 
 import psutil
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
-from accelerate.utils import DistributedType, parse_flag_from_env
+from accelerate.utils import DistributedType, broadcast_object_list, parse_flag_from_env
 
+PATIENCE = timedelta(days=1)  # of the other processes, while the main one prepares billions of tokens
 # How the processes of each kind train together.
 TOGETHER = {
     DistributedType.NO: "",
@@ -22,13 +25,15 @@ def start_accelerator(dtype: str, attention: str) -> Accelerator:
     for other in ("DEEPSPEED", "MEGATRON_LM"):
         if parse_flag_from_env(f"ACCELERATE_USE_{other}"):
             raise ValueError(f"accelerate launch asks for {other}: several processes train by DDP or FSDP2")
+    if parse_flag_from_env("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION", "1") != "2":
+        raise ValueError("accelerate launch asks for FSDP 1: set fsdp_version: 2 in its configuration")
     launched_by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PATIENCE)
     if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper() != "NO":
         raise ValueError("accelerate launch asks for a dynamo backend: leave it out and give --compile=true")
     accelerator = Accelerator(
         mixed_precision=choose_precision(dtype, attention, state.device),
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     if accelerator.distributed_type not in TOGETHER:
         raise ValueError(
@@ -36,8 +41,6 @@ def start_accelerator(dtype: str, attention: str) -> Accelerator:
         )
     if parse_flag_from_env("ACCELERATE_USE_FSDP") and accelerator.distributed_type != DistributedType.FSDP:
         raise ValueError("accelerate launch asks for FSDP, which needs several GPUs: without it, DDP does it")
-    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
-        raise ValueError("accelerate launch asks for FSDP 1: set fsdp_version: 2 in its configuration")
     started = int(os.environ.get("WORLD_SIZE", 1))
     if started != accelerator.num_processes:  # as torchrun alone does on CPUs
         raise ValueError(f"{started} processes were started, but each is alone: set ACCELERATE_USE_CPU=true")
@@ -53,6 +56,20 @@ def start_accelerator(dtype: str, attention: str) -> Accelerator:
     if accelerator.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 where the arithmetic is float32
     return accelerator
+
+
+def main_first(call: Callable):
+    """What call() returns, on the main process first; a ValueError there is everybody's, so that none waits for it."""
+    is_main, result, mistakes = PartialState().is_main_process, None, [None]
+    if is_main:
+        try:
+            result = call()
+        except ValueError as mistake:
+            mistakes = [str(mistake)]
+    broadcast_object_list(mistakes)
+    if mistakes[0]:
+        raise ValueError(mistakes[0])
+    return result if is_main else call()
 
 
 def choose_precision(dtype: str, attention: str, device: torch.device) -> str:

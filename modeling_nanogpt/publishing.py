@@ -120,7 +120,7 @@ def measure(val_loss: float, record: dict) -> dict[str, float]:
     return {
         "loss": val_loss,
         "perplexity": math.exp(val_loss) if val_loss < 700 else math.inf,  # beyond, it is no float
-        "bits_per_byte": val_loss / math.log(2) * record["tokens"]["val"] / record["bytes"]["val"],
+        "bits_per_byte": val_loss / math.log(2) * record["tokens"]["val"] / max(record["bytes"]["val"], 1),
     }
 
 

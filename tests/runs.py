@@ -22,7 +22,7 @@ import train_accelerate
 
 ROOT = Path(__file__).parent.parent
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["runs"])
+FORKS.set_forkserver_preload(["runs", "matplotlib.figure", "matplotlib.backends.backend_agg"])  # each save draws
 
 
 def recipe_of(folder: Path, **flags) -> Path:
@@ -78,7 +78,7 @@ def live(argv: list[str], log: str, before: tuple, environment: dict) -> None:
     train_accelerate.run(argv)
 
 
-def finish(*processes: BaseProcess, seconds: float = 120) -> list[int]:
+def finish(*processes: BaseProcess, seconds: float = 300) -> list[int]:
     """Wait for all, and end the others where one fails; returns their exit statuses, -N where signal N killed one."""
     deadline = time.monotonic() + seconds
     while any(process.exitcode is None for process in processes):

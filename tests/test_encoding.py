@@ -115,16 +115,35 @@ def test_gpt2_has_tiktokens_ids():
         assert encoder.encode([text])[0].tolist() == reference.encode_ordinary(text)
 
 
+SPACES = [" ", "  ", "\n", "\n\n", "\t", "\r\n", "\x0b", "\x1c", "\x85", "\u00a0", "\u2003", "\u3000", " \n \n"]
+WORDS = ["fox", "'s", "'", "42", "!?", "caf\u00e9", "\U0001f600", "\u0301", "\u200d", "don't", "_", "\x00", "\u200b"]
+
+
+def spaced_texts(count):
+    """Words of every kind between white space of every kind."""
+    dice = random.Random(0)
+    return ["".join(dice.choice(dice.choice([SPACES, WORDS])) for _ in range(40)) for _ in range(count)]
+
+
+@pytest.mark.parametrize("sparse", [0, 10, 10**9], ids=["always cut", "sometimes", "never"])
+def test_a_text_cut_at_its_spaces_has_the_ids_of_the_whole(made, monkeypatch, sparse):
+    monkeypatch.setattr(encoding_module, "SPARSE", sparse)
+    tokenizer, encoder = made["bpe"]
+    texts = [TEXT, *HARD_TEXTS, *spaced_texts(2000), *random_texts(500, seed=7)]
+    assert [ids.tolist() for ids in encoder.encode(texts)] == library_ids(tokenizer, texts)
+    slow = LibraryEncoder(tokenizer.backend_tokenizer)
+    for text in every_character() if sparse == 0 else []:
+        np.testing.assert_array_equal(encoder.encode([text])[0], slow.encode([text])[0])
+    cut = [bool(encoding_module.cut_at_spaces(text)) for text in texts]
+    assert (all(cut), any(cut)) == {0: (True, True), 10: (False, True), 10**9: (False, True)}[sparse]
+
+
 @pytest.mark.parametrize("name", ["char", "bpe"])
 def test_pieces_have_the_ids_of_the_whole(made, name):
     # Real and random text with every kind of white space, cut wherever read_text may cut it.
     _, encoder = made[name]
     dice = random.Random(0)
-    spaces = [" ", "  ", "\n", "\n\n", "\t", "\r\n", "\x0b", "\x1c", "\x85", "\u00a0", "\u2003", " \n \n"]
-    words = ["fox", "'s", "'", "42", "!?", "caf\u00e9", "\U0001f600", "\u0301", "\u200d", "don't", "_", "\x00"]
-    for text in [TEXT, *random_texts(300, seed=5)] + [
-        "".join(dice.choice(dice.choice([spaces, words])) for _ in range(40)) for _ in range(700)
-    ]:
+    for text in [TEXT, *random_texts(300, seed=5), *spaced_texts(700)]:
         (whole,) = encoder.encode([text])
         pieces, rest = [], text
         while cut := last_cut(rest[: dice.randint(1, 30)]):

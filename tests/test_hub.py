@@ -15,6 +15,7 @@ from hub_server import Hub
 from huggingface_hub import ModelCard
 
 from modeling_nanogpt import NanoGPTForCausalLM
+from modeling_nanogpt.convert import convert
 
 ROOT = Path(__file__).parent.parent
 SHORT = {"max_iters": 10, "lr_decay_iters": 20, "eval_interval": 5, "dropout": 0.1}  # half of a run
@@ -169,6 +170,9 @@ def test_commands_take_a_hub_id_and_a_revision(shared, first, corpus, tmp_path):
     prompt = ["--prompt", "to be ", "--max_new_tokens", "20"]
     recipe = write_recipe(tmp_path / "recipe.yaml", eval_only=True, out_dir=tmp_path / "out", batch_size=8)
     evaluate, out = ["train_accelerate", recipe, *data, "--init_from=alice/run"], first / "out"
+    stock = tmp_path / "stock"
+    convert(str(out), stock, "gpt2", None)
+    shared.put("models", "bob/gpt2", {path.name: path.read_bytes() for path in stock.iterdir()})
     said = run_commands(
         shared,
         tmp_path / "second",
@@ -185,6 +189,8 @@ def test_commands_take_a_hub_id_and_a_revision(shared, first, corpus, tmp_path):
             ["modeling_nanogpt.convert", "alice/run", "then", "--to", "gpt2", "--revision", earlier],
             ["modeling_nanogpt.convert", out, "here", "--to", "gpt2"],
             ["modeling_nanogpt.convert", out, "no", "--to", "gpt2", "--revision", earlier],
+            [*evaluate, "--init_from=bob/gpt2"],
+            [*evaluate, f"--init_from={stock}"],
         ],
     )
     assert f"val loss {losses[10]:.4f}" in said[0]
@@ -193,12 +199,14 @@ def test_commands_take_a_hub_id_and_a_revision(shared, first, corpus, tmp_path):
     assert said[3].startswith("exit: train_accelerate.py: error: init_from=") and "revision=main" in said[3]
     assert said[4] == said[5] != said[6] and len(said[4]) > 60
     assert said[7] == said[11] == "exit: 2\n"
+    assert said[12] == said[13] and "val loss" in said[12]
     files = [tmp_path / "second" / name / "model.safetensors" for name in ("now", "then", "here")]
     now, then, here = (file.read_bytes() for file in files)
     assert now == here != then
 
 
 def test_a_run_that_is_resumed_on_another_machine_is_the_run_that_would_have_been(shared, first, corpus, tmp_path):
+    shared.put("models", "alice/run", {"notes.txt": b"of a person"})
     whole = train(tmp_path, **SHORT | {"max_iters": 20, "corpus": corpus})
     flags = {"max_iters": 20, "corpus": corpus, "init_from": "resume", "hub_model_id": "alice/run"}
     push = {"push_to_hub": True, "hub_strategy": "checkpoint", "report_to": TRACKER}
@@ -214,6 +222,7 @@ def test_a_run_that_is_resumed_on_another_machine_is_the_run_that_would_have_bee
     repository = shared.model("alice/run")
     assert repository.files["model.safetensors"] == weights
     assert {name.split("/")[1] for name in repository.files if name.startswith("last-")} == {"step-00000020"}
+    assert (out / "notes.txt").read_bytes() == repository.files["notes.txt"] == b"of a person"
     if TRACKER == "tensorboard":  # those of both machines
         assert sum("tfevents" in name for name in repository.files) >= 2
 

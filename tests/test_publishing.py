@@ -212,6 +212,8 @@ def test_the_card_shows_three_samples_of_the_model_that_was_saved(run, card):
 def test_samples_are_drawn_from_what_the_model_says(run):
     model = NanoGPTForCausalLM.from_pretrained(run.out_dir, dropout=0.5).train()
     tokenizer = AutoTokenizer.from_pretrained(run.out_dir)
+    with torch.no_grad():
+        model.transformer.wpe.weight.normal_(generator=torch.Generator().manual_seed(0))  # so that positions count
     unused = torch.arange(model.config.vocab_size) >= len(tokenizer)  # likely, but no text becomes them
     model.lm_head.register_forward_hook(lambda module, inputs, logits: logits + 100.0 * unused)
     drawn = draw_samples(model, tokenizer, 16, torch.device("cpu"))
@@ -394,3 +396,13 @@ def test_the_fall_at_the_start_does_not_flatten_the_rest(tmp_path):
     assert rows.min() < 20 and at_the_end.min() > half
     middle = np.nonzero((pixels[:, pixels.shape[1] // 2] == VALIDATION).all(axis=1))[0]
     assert 0.3 * pixels.shape[0] < middle.mean() < 0.7 * pixels.shape[0]  # halfway down, as half of 2.0 to 1.0 is
+
+
+def test_an_evaluation_above_the_picture_draws_no_line_into_it(tmp_path):
+    logged = [{"step": i, "loss": 2.0 - i / 100} for i in range(1, 101)]
+    evaluated = [{"step": i, "val_loss": 2.0 - i / 100} for i in (50, 100)]
+    pictures = []
+    for history in (logged + evaluated, [{"step": 0, "val_loss": 10.0}] + logged + evaluated):
+        plot_losses(tmp_path / "loss.png", history, 100)
+        pictures.append((tmp_path / "loss.png").read_bytes())
+    assert pictures[0] == pictures[1]

@@ -229,7 +229,7 @@ def test_step_a_million_is_reached_at_once(finished, copied, folder, monkeypatch
 
 
 @pytest.mark.parametrize("fault", ["truncated", "half removed", "no state", "state cut short", "tensors lost"])
-def test_the_checkpoint_before_a_broken_one_is_taken(finished, copied, folder, fault):
+def test_the_checkpoint_before_a_broken_one_is_taken(finished, copied, folder, fault, capsys):
     broken_off_after(12, copied)
     latest = newest_complete(copied)
     tensors, state = latest / "training_state.pt", latest / "state.json"
@@ -244,9 +244,10 @@ def test_the_checkpoint_before_a_broken_one_is_taken(finished, copied, folder, f
         os.truncate(state, 100)
     if fault == "tensors lost":
         tensors.unlink()
-    assert newest_complete(copied).name == "step-00000008"
+    assert (taken := newest_complete(copied)).name == "step-00000008"
     again = train(folder, out_dir=copied, init_from="resume", **FLAGS)
     assert_same_run(again, finished)
+    assert f"going on after step 8, from {taken}" in capsys.readouterr().out
     assert [path.name[-2:] for path in list_checkpoints(copied)] == ["04", "08", "12", "14"]
 
 

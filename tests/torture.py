@@ -110,7 +110,8 @@ def trained_on(data_dir: Path, logs: list[Path], processes: int) -> tuple[list[i
     stream, micro_batches = open_stream(str(data_dir), "train"), 4 // processes
     right = True
     for rank in range(processes):
-        attempts = [read_windows(path) for log in logs if (path := Path(f"{log}.{rank}")).exists()]
+        noted = [Path(f"{log}.{rank}") for log in logs]
+        attempts = [read_windows(path) for path in noted if path.exists() and path.read_text().endswith("\n")]
         begun = [first for first, _ in attempts]
         seen = []
         for (first, batches), end in zip(attempts, [*begun[1:], STEPS], strict=True):

@@ -45,8 +45,8 @@ def same_tokenizer(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBa
     encoders = [make_encoder(backend) for backend in backends]
     return (
         all(isinstance(encoder, TiktokenEncoder) for encoder in encoders)
-        and encoders[0].encoding._mergeable_ranks == encoders[1].encoding._mergeable_ranks
-        and encoders[0].encoding._pat_str == encoders[1].encoding._pat_str
+        and encoders[0].ranks == encoders[1].ranks
+        and (encoders[0].words == encoders[1].words or encoders[0].cuts and encoders[1].cuts)
         and (len(first), first.eos_token_id) == (len(second), second.eos_token_id)
     )
 
