@@ -52,7 +52,7 @@ def around_step(wrapper):
 
     def patch():
         step = muon.Muon.step
-        muon.Muon.step = lambda self: wrapper(self, step)
+        muon.Muon.step = lambda self, closure=None: wrapper(self, step)
 
     return patch
 
@@ -121,6 +121,11 @@ def one_matrix():
     muon.muon_groups = lambda *args: [g | {"parts": min(g["parts"], 1)} for g in groups(*args)]
 
 
+def core_time():
+    """The run's clock is the time of its own core, whatever else the machine does."""
+    train_accelerate.time.perf_counter = train_accelerate.time.process_time
+
+
 THREE = ((8.2186, -23.72, 17.2185), (3.8835, -2.8413, 0.5331), (3.1681, -2.3329, 0.4775))  # from 0.005
 JORDAN = ((3.4445, -4.7750, 2.0315),) * 5
 CHANGES = {
@@ -166,7 +171,10 @@ STUDIES = {
     "widths": (FAST | CPU | {"max_iters": 200}, WIDTHS),
     "wide": (WIDE | FAST, CHANGES),
     "recipes": (CPU, RECIPES),
-    "speed": (CPU | {"eval_interval": 1_000_000, "max_iters": 200}, {"nanoGPT's": {}, "fast": FAST}),
+    "speed": (
+        CPU | {"eval_interval": 1_000_000, "max_iters": 100, "patch": core_time},
+        {"nanoGPT's": {}, "fast": FAST},
+    ),
 }
 
 
