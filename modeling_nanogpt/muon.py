@@ -124,10 +124,11 @@ class Muon(torch.optim.Optimizer):
         if not params:
             return []
         gradients, momenta = [p.grad for p in params], [self.state[p]["momentum"] for p in params]
-        if skip is not None:  # a gradient equal to the momentum leaves it as it is
-            skipped = skip.bool()
-            gradients = [torch.where(skipped, m, g) for m, g in zip(momenta, gradients, strict=True)]
-        torch._foreach_lerp_(momenta, gradients, 1 - momentum)
+        if skip is None:
+            torch._foreach_lerp_(momenta, gradients, 1 - momentum)
+        else:  # weighed with zero where the step is to change nothing, which nan would survive
+            gradients = [gradient.nan_to_num(0.0, 0.0, 0.0) for gradient in gradients]
+            torch._foreach_lerp_(momenta, gradients, [(1 - skip) * (1 - momentum)] * len(momenta))
         return torch._foreach_lerp(gradients, momenta, momentum)
 
     def _step_matrices(self, params: list, updates: list, groups: list, skip: torch.Tensor | None) -> None:
