@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from itertools import chain
 from multiprocessing import get_context
 from typing import NamedTuple, Protocol
 
@@ -33,7 +32,7 @@ UNLOOKING_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+
 WHITE_SPACE = np.zeros(0x3002, dtype=bool)  # what \s matches; the last place stands for all beyond
 WHITE_SPACE[[*range(9, 14), 32, 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B)]] = True
 WHITE_SPACE[[0x2028, 0x2029, 0x202F, 0x205F, 0x3000]] = True
-SPARSE = 100  # characters in a part at least, on average, for a text to be cut at its spaces
+CUT = "\ue000"  # of private use; a text that has it is not cut
 # Words of later models (Llama 3, Qwen 2) that both libraries cut alike, which a test proves.
 OTHER_WORDS = {
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
@@ -119,24 +118,27 @@ class TiktokenEncoder:
 
     With `cuts`, words are GPT-2's. Their pattern looks ahead for one thing, whether white space goes on, and a pattern
     that does not is nearly twice as fast. It gives the same words where no white space but a single one stands before
-    something else: so a text is cut there, unless it would be cut to pieces, as program code with its indents.
+    something else: so the text is cut there, by a character that is made a special token, and that token taken out.
     """
 
     def __init__(self, words: str, ranks: dict[bytes, int], tokenizer: Tokenizer):
-        self.words, self.ranks, self.cuts = words, ranks, words in GPT2_WORDS
-        self.tokenizer = tokenizer
-        pattern = LIBRARY_WORDS if self.cuts else words
-        self.encoding = tiktoken.Encoding("", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        self.words, self.ranks, self.cuts, self.tokenizer = words, ranks, words in GPT2_WORDS, tokenizer
+        self.encoding = tiktoken.Encoding("", pat_str=words, mergeable_ranks=ranks, special_tokens={})
+        self.cut_id = max(ranks.values()) + 1
         if self.cuts:
-            self.unlooking = tiktoken.Encoding("", pat_str=UNLOOKING_WORDS, mergeable_ranks=ranks, special_tokens={})
+            special = {CUT: self.cut_id}
+            self.unlooking = tiktoken.Encoding(
+                "", pat_str=UNLOOKING_WORDS, mergeable_ranks=ranks, special_tokens=special
+            )
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         return [self.encode_text(text) for text in texts]
 
     def encode_text(self, text: str) -> np.ndarray:
-        if self.cuts and (parts := cut_at_spaces(text)):
-            ids = chain.from_iterable(map(self.unlooking.encode_ordinary, parts))
-            return np.fromiter(ids, dtype=np.uint32)
+        if self.cuts and CUT not in text:
+            parts = CUT.join(cut_at_spaces(text))
+            ids = self.unlooking.encode_to_numpy(parts, allowed_special={CUT}, disallowed_special=())
+            return ids[ids != self.cut_id]
         if has_long_space(text):
             return LibraryEncoder(self.tokenizer).encode([text])[0]
         return np.array(self.encoding.encode_ordinary(text), dtype=np.uint32)
@@ -146,14 +148,10 @@ class TiktokenEncoder:
 
 
 def cut_at_spaces(text: str) -> list[str]:
-    """A text, cut before the last of several white spaces that something else follows; [] if that is too often."""
-    for part in (text[: 2**12], text):  # the beginning tells most that would be cut to pieces
-        codes = np.frombuffer(*((part.encode(), "u1") if part.isascii() else (part.encode("utf-32-le"), "<u4")))
-        space = WHITE_SPACE[codes if part.isascii() else np.minimum(codes, len(WHITE_SPACE) - 1)]
-        places = np.flatnonzero(space[:-2] & space[1:-1] & ~space[2:]) + 1
-        if len(places) * SPARSE > len(part):
-            return []
-    bounds = [0, *places.tolist(), len(text)]
+    """A text, cut before the last of several white spaces that something else follows."""
+    codes = np.frombuffer(*((text.encode(), "u1") if text.isascii() else (text.encode("utf-32-le"), "<u4")))
+    space = WHITE_SPACE[codes if text.isascii() else np.minimum(codes, len(WHITE_SPACE) - 1)]
+    bounds = [0, *(np.flatnonzero(space[:-2] & space[1:-1] & ~space[2:]) + 1).tolist(), len(text)]
     return [text[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
 
 
