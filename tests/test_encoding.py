@@ -228,6 +228,14 @@ def test_any_other_tokenizer_is_encoded_in_batches_with_its_unknowns_counted():
     assert tokenizer.padding and tokenizer.truncation  # it is left as it was
 
 
+def test_text_that_spells_a_special_token_is_text_by_the_library_as_well(made):
+    tokenizer = change(made["bpe"][0], normalizer={"type": "NFC"})
+    encoder = make_encoder(tokenizer)
+    (ids,) = encoder.encode([f"a {END} b"])
+    assert type(encoder) is LibraryEncoder and tokenizer.token_to_id(END) not in ids
+    assert tokenizer.decode(ids.tolist()) == f"a {END} b"
+
+
 def test_characters_without_a_token_are_spelled_and_counted_or_refused(tmp_path):
     tokenizer = train_char_tokenizer(["abc"])
     encoder = make_encoder(tokenizer.backend_tokenizer)

@@ -11,11 +11,14 @@ from pathlib import Path
 import pytest
 import regex
 import tiktoken
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from tokenization import encoding
 from tokenization.bpe import train_bpe_tokenizer
 from tokenization.char import read_char_tokenizer, train_char_tokenizer
 from tokenization.gpt2 import make_gpt2_tokenizer
+from tokenization.loading import same_tokenizer
 
 END = "<|endoftext|>"
 BPE_SIZE = 600
@@ -288,7 +291,8 @@ except ModuleNotFoundError:
     pass
 else:
     raise SystemExit("the project is not blocked")
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 texts = json.loads(sys.stdin.read())
 loaded = {mode: AutoTokenizer.from_pretrained(mode) for mode in ("char", "bpe")}
@@ -377,3 +381,28 @@ def test_without_a_network_gpt2_names_the_way_out(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="tokenizer=gpt2: .*TIKTOKEN_CACHE_DIR") as raised:
         make_gpt2_tokenizer()
     assert "\n" not in str(raised.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The same or not
+
+
+def test_two_tokenizers_are_the_same_where_they_give_the_same_ids(tokenizers):
+    def spelled(**changes):
+        spec = json.loads(tokenizers["bpe"].backend_tokenizer.to_str()) | changes
+        return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(spec)), eos_token=END)
+
+    def cut_by(pattern):
+        split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+        return spelled(pre_tokenizer={"type": "Sequence", "pretokenizers": [split, byte_level]})
+
+    bpe, smaller = tokenizers["bpe"], train_bpe_tokenizer([TEXT], BPE_SIZE - 1)
+    assert same_tokenizer(bpe, spelled())
+    assert all(same_tokenizer(bpe, cut_by(pattern)) for pattern in encoding.GPT2_WORDS)  # however spelled
+    assert not any(same_tokenizer(bpe, cut_by(pattern)) for pattern in encoding.OTHER_WORDS)
+    assert not same_tokenizer(bpe, smaller) and not same_tokenizer(bpe, tokenizers["char"])
+    another_end = PreTrainedTokenizerFast(
+        tokenizer_object=cut_by(max(encoding.GPT2_WORDS)).backend_tokenizer, eos_token="!"
+    )
+    assert not same_tokenizer(bpe, another_end)  # documents end otherwise

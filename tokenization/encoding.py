@@ -225,7 +225,7 @@ def ranks_of(model: dict, special: set[str]) -> dict[bytes, int] | None:
     for left, right in (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]):
         pair = [bytes(letters[letter] for letter in part) for part in (left, right)]
         token, i = b"".join(pair), vocabulary.get(left + right, -1)
-        if i < max(last, 0):
+        if i < 0:
             return None
         if i > last:
             expected = merge_bytes(token, merged)

@@ -30,7 +30,7 @@ def is_val(document: int, val_fraction: float) -> bool:
     So both splits have one as soon as there are two, and no later document has a say.
     """
     over, under = Fraction(str(val_fraction)).as_integer_ratio()
-    return document > 0 and -(-document * over // under) > -((1 - document) * over // under)
+    return -(-document * over // under) > -((1 - document) * over // under)
 
 
 class Splitter:
