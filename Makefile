@@ -1,11 +1,12 @@
 # make quickstart    set everything up, train the embedded default, print three samples
 # make test          set everything up, run the tests
+# make torture       set everything up, kill runs at random moments and resume them (minutes)
 # make conformance   set everything up, run transformers' own model tests on this model (downloads them once)
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test conformance style
+.PHONY: quickstart test torture conformance style
 
 quickstart: .venv/installed
 	$(BIN)/python train_accelerate.py hub_configs/quickstart.yaml
@@ -13,6 +14,9 @@ quickstart: .venv/installed
 
 test: .venv/installed
 	$(BIN)/python -m pytest
+
+torture: .venv/installed
+	$(BIN)/python -W ignore::UserWarning:multiprocessing.resource_tracker tests/torture.py
 
 conformance: .venv/installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[conformance]"

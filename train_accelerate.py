@@ -10,29 +10,34 @@ holds the model with all that loading it and repeating the run need.
 
 import dataclasses
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import psutil
 import torch
-import yaml
-from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
-from accelerate.utils import parse_flag_from_env, set_seed, tqdm
-from huggingface_hub.errors import StrictDataclassError
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from accelerate.utils.memory import should_reduce_batch_size
 from transformers.utils.logging import disable_progress_bar
 
-from modeling_nanogpt import NanoGPTConfig, NanoGPTForCausalLM
-from modeling_nanogpt.checkpointing import check_writable, written_aside
-from modeling_nanogpt.conversion import crop_positions
-from modeling_nanogpt.optimization import adamw, learning_rate_at
-from modeling_nanogpt.publishing import write_report
-from modeling_nanogpt.sources import build_model, find_ckpt, read_config, read_weights
+from modeling_nanogpt import NanoGPTForCausalLM
+from modeling_nanogpt import checkpointing as checkpoints
+from modeling_nanogpt.fitting import check_shares, explain_out_of_memory, largest_batch_size
+from modeling_nanogpt.launching import describe, main_first, start_accelerator
+from modeling_nanogpt.optimization import learning_rate_at, make_optimizer
+from modeling_nanogpt.progress import Progress
+from modeling_nanogpt.publishing import Report, draw_samples, find_commit
+from modeling_nanogpt.pushing import start_pusher
+from modeling_nanogpt.recording import StepRecord, name_skipped
+from modeling_nanogpt.signals import Signals
+from modeling_nanogpt.sources import find_ckpt, know_tokens
+from modeling_nanogpt.starting import find_start
 from modeling_nanogpt.throughput import flops_per_token, peak_flops
+from modeling_nanogpt.tracking import Trackers, choose_trackers
 from tokenization.arguments import DataArguments, FlagParser, knob
 from tokenization.loading import load_tokenizer
 from tokenization.prepare import prepare
@@ -40,6 +45,7 @@ from tokenization.sharing import find_data_dir
 from tokenization.windows import TokenStream, evaluation_windows, open_stream, training_windows
 
 RECIPES = Path(__file__).parent / "hub_configs"
+LOSS_ONLY = {"skip_logits": True, "use_cache": False}  # what the model need not return in training
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Knobs. What text to train on is in tokenization/arguments.py.
@@ -47,7 +53,8 @@ RECIPES = Path(__file__).parent / "hub_configs"
 
 @dataclasses.dataclass
 class ModelArguments:
-    init_from: str = knob("scratch", "scratch, or what to go on from: a folder, Hub id or nanoGPT's ckpt.pt")
+    init_from: str = knob("scratch", "scratch, resume, or a model: a folder, Hub id or nanoGPT's ckpt.pt")
+    revision: str | None = knob(None, "branch, tag or commit of an init_from that is a Hub id (default: main)")
     block_size: int | None = knob(None, "longest context, tokens (scratch: 1024)")
     n_layer: int | None = knob(None, "blocks (scratch: 12)")
     n_head: int | None = knob(None, "attention heads, a divisor of n_embd (scratch: 12)")
@@ -56,6 +63,11 @@ class ModelArguments:
     bias: bool | None = knob(None, "biases in linear layers and layer norms, as GPT-2 has them (scratch: false)")
     activation_function: str | None = knob(None, "gelu, or gelu_new, GPT-2's approximation of it (scratch: gelu)")
 
+    def shape(self) -> dict:
+        """What is given of NanoGPTConfig's keys."""
+        shape = vars(self).keys() - {"init_from", "revision"}
+        return {key: value for key, value in vars(self).items() if key in shape and value is not None}
+
 
 @dataclasses.dataclass
 class RunArguments:
@@ -63,7 +75,8 @@ class RunArguments:
     # batch: one optimizer step sees gradient_accumulation_steps * batch_size * block_size tokens
     batch_size: int = knob(12, "windows in a micro-batch")
     gradient_accumulation_steps: int = knob(40, "micro-batches in an optimizer step, over all processes together")
-    # AdamW
+    # optimizer
+    optimizer: Literal["adamw", "muon"] = knob("adamw", "of the blocks' matrices; all else is AdamW's")
     learning_rate: float = knob(6e-4, "the highest learning rate")
     max_iters: int = knob(600_000, "optimizer steps in all")
     weight_decay: float = knob(0.1, "of matrices and embeddings")
@@ -71,7 +84,9 @@ class RunArguments:
     beta2: float = knob(0.95, "decay of the mean of their squares")
     grad_clip: float = knob(1.0, "largest norm of the gradient; 0 clips nothing")
     # learning rate
-    decay_lr: bool = knob(True, "warmup and cosine decay; otherwise the learning rate is constant")
+    lr_schedule: Literal["cosine", "linear", "wsd", "constant"] = knob("cosine", "after warmup; wsd: late and linear")
+    decay_fraction: float = knob(0.4, "of wsd: the last part of lr_decay_iters, in which it decays")
+    decay_lr: bool = knob(True, "false: a constant learning rate, without warmup")
     warmup_iters: int = knob(2000, "optimizer steps of linear warmup")
     lr_decay_iters: int | None = knob(None, "optimizer step at which the decay ends (default: max_iters)")
     min_lr: float | None = knob(None, "where the decay ends (default: learning_rate / 10)")
@@ -80,53 +95,46 @@ class RunArguments:
     eval_tokens: int = knob(0, "tokens evaluated of each split; 0: all of val, and as many of train")
     log_interval: int = knob(10, "optimizer steps between entries in the log")
     always_save_checkpoint: bool = knob(True, "save after each evaluation; otherwise only where val loss is the best")
+    save_interval: int | None = knob(None, "optimizer steps between checkpoints (default: eval_interval)")
+    keep_checkpoints: int = knob(2, "checkpoints that are kept, the newest")
+    max_nonfinite_steps: int = knob(20, "stop after as many steps in a row whose loss or gradient is not finite")
+    report_to: str = knob("none", "trackers, separated by commas: tensorboard, wandb or any other of Accelerate's")
     eval_only: bool = knob(False, "evaluate and stop; nothing is saved")
     prepare_only: bool = knob(False, "stop once data_dir is there")
+    # the Hub
+    push_to_hub: bool = knob(False, "push out_dir, with the token of `hf auth login` or HF_TOKEN")
+    hub_model_id: str | None = knob(None, "user/name to push to, or resume from (default: your user, out_dir's name)")
+    hub_private_repo: bool = knob(True, "nobody else sees it")
+    hub_strategy: Literal["end", "every_save", "checkpoint"] = knob("every_save", "checkpoint: to resume from, too")
     # system
     seed: int = knob(1337, "of the weights, the windows and dropout")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob("auto", "of the arithmetic; weights are float32")
+    gradient_checkpointing: bool = knob(False, "compute activations twice, not keep them: less memory, slower")
+    auto_batch_size: bool = knob(False, "find the largest micro-batch that fits the GPU; a step stays the same")
     compile: bool = knob(False, "torch.compile the model: slow to start, then faster")
     attn_implementation: Literal["sdpa", "eager", "flex_attention"] = knob("sdpa", "which attention kernels")
 
     def __post_init__(self):
         self.lr_decay_iters = self.max_iters if self.lr_decay_iters is None else self.lr_decay_iters
         self.min_lr = self.learning_rate / 10 if self.min_lr is None else self.min_lr
-        counts = ("batch_size", "gradient_accumulation_steps", "max_iters", "eval_interval", "log_interval")
-        below = {"beta1": 1, "beta2": 1, "seed": 2**32}
+        if not self.decay_lr:
+            self.lr_schedule, self.warmup_iters = "constant", 0
+        self.save_interval = self.eval_interval if self.save_interval is None else self.save_interval
+        counts = ["batch_size", "gradient_accumulation_steps", "max_iters", "eval_interval", "log_interval"]
+        counts += ["save_interval", "keep_checkpoints", "max_nonfinite_steps"]
+        below = {"beta1": 1, "beta2": 1, "decay_fraction": 1, "seed": 2**32}
         for name, value in vars(self).items():
             least, limit = int(name in counts), below.get(name, math.inf)
             if isinstance(value, int | float) and not least <= value < limit:  # which nan is not, either
                 raise ValueError(f"{name}={value}, but it must be at least {least}, and below {limit}")
 
 
+SCHEDULE = ("learning_rate", "min_lr", "warmup_iters", "lr_decay_iters", "lr_schedule", "decay_fraction")
+# Flags that shape what is learned, the model's and the data's aside: a resumed run must have the same.
+SHAPING = (*SCHEDULE, "optimizer", "weight_decay", "beta1", "beta2", "grad_clip", "seed", "windows")
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Functions of their arguments alone. A mistake of the user's is a ValueError, in one line.
-
-
-def read_recipe(path: Path, parser: FlagParser) -> list[str]:
-    """A YAML file as flags: each `key: value` becomes --key=value; a null keeps the default."""
-    try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except OSError:
-        known = ", ".join(sorted(str(recipe.stem) for recipe in RECIPES.glob("*.yaml")))
-        raise ValueError(f"recipe {path} cannot be read; hub_configs/ holds {known}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"recipe {path} is not YAML: {error}") from None
-    if not isinstance(root, yaml.MappingNode):
-        raise ValueError(f"recipe {path} is not a list of `key: value` lines")
-    flags = {}
-    for key, value in root.value:
-        if not isinstance(key, yaml.ScalarNode):
-            raise ValueError(f"recipe {path}: line {key.start_mark.line + 1} is no `key: value`")
-        if not isinstance(value, yaml.ScalarNode):
-            raise ValueError(f"recipe {path}: {key.value} must be a single value")
-        if key.value not in parser.keys:
-            raise ValueError(f"recipe {path}: {parser.explain_unknown(key.value)}")
-        if key.value in flags:
-            raise ValueError(f"recipe {path}: {key.value} stands there twice")
-        flags[key.value] = value
-    null = "tag:yaml.org,2002:null"  # null, ~ or nothing, unless in quotes
-    return [f"--{key}={value.value}" for key, value in flags.items() if value.tag != null]
 
 
 def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, RunArguments]:
@@ -139,63 +147,12 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Run
     named = bool(argv) and not argv[0].startswith("-")
     recipe = Path(argv[0]) if named else RECIPES / "quickstart.yaml"
     try:
-        model_args, data_args, run_args = parser.parse(read_recipe(recipe, parser) + argv[named:])
+        model_args, data_args, run_args = parser.parse(parser.read_recipe(recipe, RECIPES) + argv[named:])
     except ValueError as mistake:
         parser.error(str(mistake))
     data_args.data_dir = data_args.data_dir or f"data/{recipe.stem}"
     run_args.out_dir = run_args.out_dir or f"out/{recipe.stem}"
     return model_args, data_args, run_args
-
-
-def build_config(args: ModelArguments) -> NanoGPTConfig:
-    """The model's shape: the flags', or the checkpoint's, which may get another dropout or a smaller block_size."""
-    given = {key: value for key, value in dataclasses.asdict(args).items() if key != "init_from" and value is not None}
-    try:
-        if args.init_from == "scratch":
-            return NanoGPTConfig(**given)
-        config = read_source(args.init_from, read_config)
-        changes = {"dropout": given.get("dropout", config.dropout)}
-        if given.get("block_size", config.block_size) < config.block_size:
-            changes["block_size"] = given["block_size"]
-        config = NanoGPTConfig(**config.to_dict() | changes)
-    except StrictDataclassError as error:
-        raise ValueError(str(error.__cause__)) from None
-    for key, value in given.items():
-        theirs = getattr(config, key)
-        if value != theirs:
-            raise ValueError(f"{key}={value}, but init_from={args.init_from} has {key}={theirs}: leave it out")
-    return config
-
-
-def read_source(init_from: str, read: Callable):
-    """What one of the functions of sources.py reads; a mistake names the flag."""
-    try:
-        return read(init_from)
-    except ValueError as mistake:
-        raise ValueError(f"init_from={mistake}") from None
-
-
-def choose_precision(dtype: str, attention: str, device: torch.device) -> str:
-    """Accelerate's name of the precision; `auto` is what `accelerate launch` asks for, else the device's best."""
-    names = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if launched not in names.values():
-        raise ValueError(f"accelerate launch asks for mixed_precision={launched}; no, bf16 and fp16 are known")
-    if dtype != "auto":
-        if launched not in ("no", names[dtype]):
-            raise ValueError(
-                f"dtype={dtype}, but accelerate launch asks for mixed_precision={launched}: drop one of them"
-            )
-        precision = names[dtype]
-    elif launched == "no" and device.type == "cuda":
-        precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    else:
-        precision = launched
-    if attention == "flex_attention" and device.type == "cpu":
-        raise ValueError("attn_implementation=flex_attention trains on a GPU only: on a CPU use sdpa or eager")
-    if precision == "fp16" and device.type == "cpu":
-        raise ValueError("dtype=float16 needs a GPU: on a CPU use --dtype=float32 or --dtype=bfloat16")
-    return precision
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -210,21 +167,25 @@ def to_device(windows: np.ndarray, device: torch.device) -> tuple[torch.Tensor, 
 
 
 def training_batches(
-    stream: TokenStream, args: RunArguments, kind: str, block_size: int, accelerator: Accelerator, step: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Micro-batches for ever, from optimizer step `step` on; the processes share out the windows of each step.
+    stream: TokenStream, draw: Callable, step: int, batch_size: int, block_size: int, accelerator: Accelerator
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, float]]:
+    """Micro-batches for ever, from optimizer step `step` on; the processes share out the windows of draw(step).
 
-    With inputs and targets comes what to divide the sum of losses by, so that every target of the step counts the
+    With inputs and targets comes what the sum of their losses is divided by, so that every target of a step counts the
     same: the mean number of targets in its micro-batches, over all processes.
     """
-    count = args.gradient_accumulation_steps * args.batch_size
     while True:
-        drawn = training_windows(kind, args.seed, step, count, len(stream), block_size)
-        items = torch.tensor(drawn[1].sum() / args.gradient_accumulation_steps, dtype=torch.float32)
-        shared = (part.reshape(-1, accelerator.num_processes, args.batch_size) for part in drawn)
-        for mine in zip(*(part[:, accelerator.process_index] for part in shared), strict=True):
-            yield *to_device(stream.windows(*mine, block_size), accelerator.device), items.to(accelerator.device)
+        offsets, targets = (part.reshape(-1, accelerator.num_processes, batch_size) for part in draw(step))
+        items = targets.sum().item() / (offsets.size // batch_size)
+        for micro_step in range(len(offsets)):
+            mine = (offsets[micro_step, accelerator.process_index], targets[micro_step, accelerator.process_index])
+            yield *to_device(stream.windows(*mine, block_size), accelerator.device), items
         step += 1
+
+
+def seed_dropout(seed: int, step: int, process: int) -> None:
+    """Dropout is a function of seed, step and process, so that a resumed run draws what it would have drawn."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, step, process)).generate_state(1)[0]))
 
 
 @torch.no_grad()
@@ -246,14 +207,7 @@ def evaluate(
     sums = []
     for mine in zip(*shared, strict=True):
         inputs, targets = to_device(stream.windows(*mine, block_size), accelerator.device)
-        # num_items_in_batch=1 turns the mean into the sum
-        loss = model(
-            input_ids=inputs,
-            shift_labels=targets,
-            skip_logits=True,
-            use_cache=False,
-            num_items_in_batch=1,
-        ).loss
+        loss = model(inputs, shift_labels=targets, num_items_in_batch=1, **LOSS_ONLY).loss  # so the mean is the sum
         sums.append(loss)
     model.train()
     return accelerator.gather(torch.stack(sums)).cpu().double().sum().item() / windows[1].sum()
@@ -264,185 +218,230 @@ def evaluate(
 
 def main(argv: list[str]) -> None:
     model_args, data_args, run_args = parse_arguments(argv)
+    recipe = {}
+    for args in (model_args, data_args, run_args):
+        recipe |= {key: value for key, value in dataclasses.asdict(args).items() if value is not None}
+    out_dir = Path(run_args.out_dir)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Process, precision, data: everything that can be wrong with the flags, the checkpoint to go on from or the text
     # shows here, before anything is trained and before anything is written.
     try:
-        config = build_config(model_args)
-        source, model, learned = model_args.init_from, None, None
-        if source != "scratch":
-            weights = crop_positions(read_source(source, read_weights), config.block_size)
-            model = build_model(NanoGPTForCausalLM, config, weights, torch.float32)
-            if not find_ckpt(source):  # nanoGPT's files carry no tokenizer
-                learned = load_tokenizer(source, "init_from")
-        check_writable(run_args.out_dir)
-        state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
-        accelerator = Accelerator(
-            mixed_precision=choose_precision(run_args.dtype, run_args.attn_implementation, state.device),
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
-        )
-        started = int(os.environ.get("WORLD_SIZE", 1))
-        if started != accelerator.num_processes:  # as torchrun alone does on CPUs
-            raise ValueError(f"{started} processes were started, but each is alone: set ACCELERATE_USE_CPU=true")
-        micro_steps, rest = divmod(run_args.gradient_accumulation_steps, accelerator.num_processes)
-        if rest:
-            raise ValueError(
-                f"gradient_accumulation_steps={run_args.gradient_accumulation_steps} counts the micro-batches of all "
-                f"processes: it must be divisible by their number, {accelerator.num_processes}"
-            )
-        with accelerator.main_process_first():
-            record = prepare(data_args, minimum_tokens=config.block_size + 1, learned=learned)
+        trackers = choose_trackers(run_args.report_to)
+        accelerator = start_accelerator(run_args.dtype, run_args.attn_implementation)
+        start = find_start(model_args.init_from, model_args.shape(), out_dir, recipe, SHAPING)
+        config, model, state, learned = start.config, start.model, start.state, None
+        began = start.run.get("recipe", {})  # of a resumed run: run.yaml repeats it from its beginning
+        recipe |= {key: value for key, value in began.items() if key in vars(model_args)}
+        if model is not None and not find_ckpt(model_args.init_from):  # nanoGPT's files carry no tokenizer
+            learned = load_tokenizer(model_args.init_from, "init_from", model_args.revision)
+        checkpoints.check_writable(run_args.out_dir)
+        windows, processes = run_args.gradient_accumulation_steps * run_args.batch_size, accelerator.num_processes
+        check_shares(run_args.gradient_accumulation_steps, windows, run_args.auto_batch_size, accelerator)
+        if run_args.optimizer == "muon" and accelerator.distributed_type == "FSDP":
+            raise ValueError("optimizer=muon needs whole matrices, which FSDP cuts up: take --optimizer=adamw")
+        record = main_first(lambda: prepare(data_args, minimum_tokens=config.block_size + 1, learned=learned))
+        data = {key: record[key] for key in ("sha256", "vocab_size", "tokens")}
+        if start.resumed and start.run["data"] != data:
+            raise ValueError(f"data_dir={data_args.data_dir} holds other data than {start.resumed} was trained on")
         data_dir = find_data_dir(data_args.data_dir, data_args.corpus)
         tokenizer = load_tokenizer(str(data_dir), "data_dir")
         if model is not None and len(tokenizer) > config.vocab_size:
             raise ValueError(
-                f"{data_args.data_dir} has {len(tokenizer)} tokens, init_from={source} {config.vocab_size}"
+                f"{data_args.data_dir} has {len(tokenizer)} tokens, but init_from={model_args.init_from} "
+                f"{config.vocab_size}"
             )
+        pushes = run_args.push_to_hub and not (run_args.eval_only or run_args.prepare_only)
+        hub = (run_args.hub_model_id, run_args.hub_private_repo, run_args.hub_strategy)
+        pusher = start_pusher(accelerator.is_main_process, out_dir, *hub) if pushes else None
     except ValueError as mistake:
         sys.exit(f"train_accelerate.py: error: {mistake}")
     if run_args.prepare_only:
         return
-    accelerator.gradient_accumulation_steps = micro_steps
-    device = accelerator.device
-    if device.type == "cpu" and "ACCELERATE_MIXED_PRECISION" in os.environ and torch.get_num_threads() == 1:
-        # `accelerate launch` has set OMP_NUM_THREADS=1, which halves the speed on two cores
-        torch.set_num_threads(max(1, (psutil.cpu_count(logical=False) or 1) // accelerator.num_processes))
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 where the arithmetic is float32
     disable_progress_bar()  # of saving: the bar here is the loop's
-
-    out_dir = Path(run_args.out_dir)
+    device = accelerator.device
     tokenizer.model_max_length = config.block_size
     train, val = open_stream(data_dir, "train"), open_stream(data_dir, "val")
 
     # -----------------------------------------------------------------------------------------------------------------
     # Model
     set_seed(run_args.seed)
-    if model is None:
+    if model_args.init_from == "scratch":
         config.vocab_size = -(-len(tokenizer) // 64) * 64  # a multiple of 64 is faster
-        model = NanoGPTForCausalLM(config)
-    for holder in (model.config, model.generation_config):
-        holder.bos_token_id = holder.eos_token_id = holder.pad_token_id = tokenizer.eos_token_id
-    unused = list(range(len(tokenizer), config.vocab_size))  # ids that no text becomes are never generated
-    model.generation_config.suppress_tokens = unused or None
+    model = NanoGPTForCausalLM(config) if model is None else model
+    know_tokens(model, len(tokenizer), tokenizer.eos_token_id)
     model.set_attn_implementation(run_args.attn_implementation)
-    model.to(device)
-    set_seed(run_args.seed, device_specific=True)  # dropout differs between processes, weights do not
+    if run_args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.to(device).train()
+    if run_args.auto_batch_size:
+        run_args.batch_size = largest_batch_size(model, windows // processes, accelerator)
+        run_args.gradient_accumulation_steps = windows // run_args.batch_size
 
     # -----------------------------------------------------------------------------------------------------------------
     # Optimizer, compile, prepare
     betas = (run_args.beta1, run_args.beta2)
-    optimizer = adamw(model, run_args.learning_rate, betas, run_args.weight_decay)
+    optimizer = make_optimizer(run_args.optimizer, model, run_args.learning_rate, betas, run_args.weight_decay)
     if run_args.compile:
         model.compile(dynamic=False)  # in place: no wrapper, no prefix in the names of the weights
+    parameters = model.num_parameters()
     model, optimizer = accelerator.prepare(model, optimizer)
-    model.train()
+    micro_steps = accelerator.gradient_accumulation_steps = run_args.gradient_accumulation_steps // processes
+    if start.resumed:
+        checkpoints.restore(start.resumed, state, model, optimizer.optimizer, accelerator)
 
     # -----------------------------------------------------------------------------------------------------------------
     # What this run is
-    step_tokens = run_args.gradient_accumulation_steps * run_args.batch_size * config.block_size
+    step_tokens = windows * config.block_size
     step_flops = step_tokens * flops_per_token(config)
     peak = peak_flops(device)
-    parameters = accelerator.unwrap_model(model).num_parameters()
     accelerator.print(
-        f"{parameters:,} parameters, {step_tokens:,} tokens a step, {record['tokens']['train']:,} tokens to train on\n"
-        f"{accelerator.num_processes} process(es) on {device.type}, {accelerator.mixed_precision} mixed precision, "
-        f"{run_args.attn_implementation} attention, compile {run_args.compile}"
+        f"{describe(accelerator)}, {run_args.attn_implementation} attention, compile={run_args.compile}\n"
+        f"{parameters:,} parameters, {flops_per_token(config):.3g} FLOPs a token, "
+        f"{record['tokens']['train']:,} tokens to train on\n"
+        f"a step: {step_tokens:,} tokens in {run_args.gradient_accumulation_steps} micro-batches of "
+        f"{run_args.batch_size} windows of {config.block_size} tokens"
     )
-    recipe = {}
-    for args in (model_args, data_args, run_args):
-        recipe |= {key: value for key, value in dataclasses.asdict(args).items() if value is not None}
+    if start.resumed:
+        accelerator.print(f"going on after step {state.step}, from {start.resumed}")
+    run = {"recipe": recipe, "config": config.to_dict(), "data": data}
+    what = (config, parameters, record, recipe, step_tokens, describe(accelerator), find_commit())
+    report = Report((RECIPES / "MODEL_CARD.md").read_text(), pusher.model_id if pusher else out_dir.name, *what)
+    trackers = Trackers(trackers if accelerator.is_main_process else [], out_dir.name, str(out_dir / "runs"), recipe)
 
     # -----------------------------------------------------------------------------------------------------------------
-    # Saving: out_dir becomes a whole model repository each time
-    def save(step: int, history: list[dict]) -> None:
-        state_dict = accelerator.get_state_dict(model)  # every process takes part
-        if not accelerator.is_main_process:
-            return
-        with written_aside(out_dir) as folder:
-            accelerator.unwrap_model(model).save_pretrained(folder, state_dict=state_dict)
+    # Saving: out_dir becomes a whole model repository, checkpoints/ holds what a resume needs. A save that fails is
+    # made up for by the next one.
+    saves = checkpoints.Saves()
+
+    def write_model(weights: dict[str, torch.Tensor], samples: list[str]) -> None:
+        with checkpoints.written_aside(out_dir) as folder:
+            checkpoints.save_gathered(folder, accelerator.unwrap_model(model), weights)
             tokenizer.save_pretrained(folder)
-            (folder / "run.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
-            template = (RECIPES / "MODEL_CARD.md").read_text()
-            write_report(folder, template, out_dir.name, config, record, history, step, step * step_tokens)
+            report.write(folder, state.history, state.step, samples, earlier=out_dir / "README.md")
+        if pusher:
+            pusher.saved(f"step {state.step}: val loss {val_loss:.4f}")
+
+    def save_model() -> None:
+        weights = accelerator.get_state_dict(model)  # every process takes part, here and in drawing
+        samples = draw_samples(model, tokenizer, config.block_size, device)
+        if accelerator.is_main_process:
+            saves.attempt("the model", write_model, weights, samples)
+
+    def save_checkpoint() -> None:
+        tensors = checkpoints.gather_tensors(model, optimizer.optimizer)  # every process, too
+        state.scaler = accelerator.scaler.state_dict() if accelerator.scaler else {}
+        if accelerator.is_main_process:
+            old = (run_args.keep_checkpoints, start.superseded)
+            saves.attempt("the checkpoint", checkpoints.save_checkpoint, out_dir, state, tensors, run, *old)
 
     # -----------------------------------------------------------------------------------------------------------------
     # The loop: one step is one optimizer update
-    batches = training_batches(train, run_args, data_args.windows, config.block_size, accelerator, step=0)
+    draw = partial(training_windows, data_args.windows, run_args.seed)
+    draw = partial(draw, count=windows, stream_length=len(train), block_size=config.block_size)
+    batches = training_batches(train, draw, state.step, run_args.batch_size, config.block_size, accelerator)
     inputs, targets, items = next(batches)
-    best_val_loss = math.inf
-    history = []
-    loss_sum, logged_step, logged_at = torch.zeros((), device=device), 0, time.perf_counter()
-    rhythm = 0.5 if sys.stderr.isatty() else 10  # seconds between redraws: few in a log file
-    bar = tqdm(total=run_args.max_iters, unit="step", mininterval=rhythm, disable=run_args.eval_only)
-    for step in range(run_args.max_iters + 1):
+    seen = StepRecord(accelerator)  # what the steps came to
+    logged_step, logged_at = state.step, time.perf_counter()
+    signals, stop, failed = Signals(), 0, ""
+    total = run_args.max_iters
+    bar = Progress(accelerator, state.step, total, visible=not run_args.eval_only)
+    for step in range(state.step, total + 1):
         # evaluate on fixed windows, and save
-        if step % run_args.eval_interval == 0 or step == run_args.max_iters:
+        if step % run_args.eval_interval == 0 or step == total or run_args.eval_only:
             paused_at = time.perf_counter()
             size = (run_args.batch_size, config.block_size, accelerator)
             val_loss = evaluate(model, val, run_args.eval_tokens, *size)
             train_loss = evaluate(model, train, run_args.eval_tokens or len(val), *size)
-            history.append({"step": step, "eval_train_loss": train_loss, "val_loss": val_loss})
-            if accelerator.is_main_process:
-                bar.write(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
-                sys.stdout.flush()  # a killed run has its lines in the log file
-            if step > 0 and (val_loss < best_val_loss or run_args.always_save_checkpoint):
-                save(step, history)
-            best_val_loss = min(best_val_loss, val_loss)
+            state.history.append({"step": step, "eval_train_loss": train_loss, "val_loss": val_loss})
+            trackers.log(state.history[-1])
+            bar.say(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
+            better = val_loss < state.best_val_loss
+            state.best_val_loss = min(state.best_val_loss, val_loss)  # which nan never is
+            if step > 0 and (better or run_args.always_save_checkpoint) and not run_args.eval_only:
+                save_model()
             logged_at += time.perf_counter() - paused_at  # tokens/s counts training alone
-        if step == run_args.max_iters or run_args.eval_only:
+        if step == total or run_args.eval_only:
             break
 
         # set the learning rate
-        lr = run_args.learning_rate
-        if run_args.decay_lr:
-            lr = learning_rate_at(step, lr, run_args.min_lr, run_args.warmup_iters, run_args.lr_decay_iters)
+        lr = learning_rate_at(step, *(getattr(run_args, name) for name in SCHEDULE))
         for group in optimizer.param_groups:
             group["lr"] = lr
 
         # forward, backward, update
+        seed_dropout(run_args.seed, step, accelerator.process_index)
         for _ in range(micro_steps):
             with accelerator.accumulate(model):
-                loss = model(
-                    input_ids=inputs,
-                    shift_labels=targets,
-                    skip_logits=True,
-                    use_cache=False,
-                    num_items_in_batch=items,
-                ).loss
+                loss = model(inputs, shift_labels=targets, num_items_in_batch=items, **LOSS_ONLY).loss
                 inputs, targets, items = next(batches)  # fetched while the device is busy with the forward pass
                 accelerator.backward(loss)  # divides by micro_steps, and scales in fp16
-                loss_sum += loss.detach()
+                seen.add_loss(loss)
                 if accelerator.sync_gradients:
-                    if run_args.grad_clip > 0:
-                        accelerator.clip_grad_norm_(model.parameters(), run_args.grad_clip)  # unscales first
+                    norm = accelerator.clip_grad_norm_(model.parameters(), run_args.grad_clip or math.inf)
+                    optimizer.optimizer.found_inf = seen.end_step(norm)  # with 1.0 the update leaves all as it is
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
-
-        # log; the loss is read off the device here only
+        state.step = step + 1
         bar.update()
-        if (step + 1) % run_args.log_interval == 0:
-            steps = step + 1 - logged_step
-            loss = accelerator.reduce(loss_sum, "mean").item() / (steps * micro_steps)
-            rate = steps / (time.perf_counter() - logged_at)  # steps a second
-            entry = {"step": step + 1, "loss": loss, "lr": lr, "tokens_per_second": rate * step_tokens}
+
+        # log and save; losses are read off the device here only
+        stop, wanted = signals.poll()
+        saving = wanted or stop or state.step == total or state.step % run_args.save_interval == 0
+        logging = state.step % run_args.log_interval == 0
+        if saving or logging:
+            for index, micro_batches in seen.look(state):
+                offsets = draw(index)[0].reshape(-1, processes, run_args.batch_size)
+                bar.say(name_skipped(index, micro_batches, offsets))
+            if seen.most_in_a_row >= run_args.max_nonfinite_steps:
+                last = checkpoints.newest_complete(out_dir) or "none yet"
+                failed = f"stopped after {seen.most_in_a_row} such steps in a row; the last good checkpoint: {last}"
+                break
+        if logging:
+            rate = (state.step - logged_step) / (time.perf_counter() - logged_at)  # steps a second
+            entry = seen.summary(state) | {"lr": lr, "tokens_per_second": rate * step_tokens}
             if peak:
-                entry["mfu"] = rate * step_flops / (peak * accelerator.num_processes)
-            history.append(entry)
-            mfu = f", mfu {entry['mfu']:.1%}" if peak else ""
-            rate_shown = f"{entry['tokens_per_second']:,.0f} tok/s{mfu}"
-            bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.2e}, {rate_shown}", refresh=False)
-            loss_sum.zero_()
-            logged_step, logged_at = step + 1, time.perf_counter()
+                entry["mfu"] = rate * step_flops / (peak * processes)
+            state.history.append(entry)
+            trackers.log(entry)
+            bar.show(entry)
+            logged_step, logged_at = state.step, time.perf_counter()
+        if saving:
+            paused_at = time.perf_counter()
+            save_checkpoint()
+            logged_at += time.perf_counter() - paused_at
+        if stop:
+            break
+
     bar.close()
-    if not run_args.eval_only:
-        accelerator.print(f"best val loss {best_val_loss:.4f}; the model is in {out_dir}")
+    signals.restore()
+    trackers.finish()
+    failed = failed or saves.failed
+    if stop and not failed:
+        accelerator.print(f"stopped by a signal after step {state.step}; --init_from=resume goes on from there")
+    elif not failed and not run_args.eval_only:
+        accelerator.print(f"best val loss {state.best_val_loss:.4f}; the model is in {out_dir}")
     # Wait for the last save. Besides, a process that left at once could hang in gloo's destructor, which holds the GIL
     # while a thread of its own still needs it to free the last gathered tensor.
     accelerator.wait_for_everyone()
     accelerator.end_training()
+    if pusher:  # last, as it may take longer than processes wait for each other
+        pusher.finish(f"step {state.step}: stopped" if stop else None)
+    if stop or failed:
+        sys.exit(f"train_accelerate.py: error: {failed}" if failed else 128 + stop)
+
+
+def run(argv: list[str]) -> None:
+    """main, but a model that does not fit into memory ends in one line that says which flags help."""
+    try:
+        main(argv)
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error):
+            raise
+        args = parse_arguments(argv)[2]
+        size = (args.batch_size, args.gradient_accumulation_steps, args.gradient_checkpointing)
+        sys.exit(f"\ntrain_accelerate.py: error: {explain_out_of_memory(*size)}")  # below the bar
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run(sys.argv[1:])

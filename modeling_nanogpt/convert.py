@@ -1,6 +1,6 @@
 """Checkpoints from and to nanoGPT and GPT-2.
 
-    python -m modeling_nanogpt.convert SOURCE DESTINATION [--to nanogpt|gpt2|ckpt] [--tokenizer TOKENIZER]
+    python -m modeling_nanogpt.convert SOURCE DESTINATION [--to nanogpt|gpt2|ckpt] [--tokenizer NAME] [--revision NAME]
 
 SOURCE is nanoGPT's ckpt.pt or the folder it is in, or a folder or Hub id with a model of this project or of GPT-2's
 architecture. DESTINATION is a new folder, and --to says what it will hold:
@@ -10,7 +10,8 @@ architecture. DESTINATION is a new folder, and --to says what it will hold:
     ckpt      nanoGPT's ckpt.pt, which its own sample.py and train.py (init_from=resume) take
 
 --tokenizer is for a source that carries none, as ckpt.pt: gpt2, if it was trained on GPT-2's tokens; the text file, if
-on its characters; or a folder or Hub id. Weights keep their dtype.
+on its characters; or a folder or Hub id. --revision is a branch, tag or commit of a source that is a Hub id. Weights
+keep their dtype.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from .optimization import adamw
 from .sources import build_model, find_ckpt, first_line, read_config, read_weights
 
 
-def read_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def read_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """GPT-2's tokenizer, that of a folder or Hub id, or the characters of a text file, numbered as nanoGPT does."""
     if name == "gpt2":
         return gpt2_tokenizer()
@@ -43,7 +44,7 @@ def read_tokenizer(name: str) -> PreTrainedTokenizerBase:
         except UnicodeDecodeError as error:
             raise ValueError(f"--tokenizer={name} is not UTF-8 text (at byte {error.start})") from None
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"{name} holds no tokenizer: name one by --tokenizer ({first_line(error)})") from None
 
@@ -109,16 +110,16 @@ def write_ckpt(folder: Path, config: NanoGPTConfig, weights: StateDict, tokenize
 WRITERS = {"nanogpt": write_nanogpt, "gpt2": write_gpt2, "ckpt": write_ckpt}
 
 
-def convert(source: str, destination: Path, to: str, tokenizer_name: str | None) -> None:
+def convert(source: str, destination: Path, to: str, tokenizer_name: str | None, revision: str | None = None) -> None:
     """Write the destination from the source, whole or not at all; raises ValueError where that cannot be."""
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise ValueError(f"{destination} is there already and not empty: name a new folder")
-    config = read_config(source)
+    config = read_config(source, revision)
     tokenizer = None
     if to != "ckpt":  # nanoGPT keeps no tokenizer with its checkpoints
         if find_ckpt(source) and not tokenizer_name:
             raise ValueError(f"{source} carries no tokenizer: name one by --tokenizer")
-        tokenizer = read_tokenizer(tokenizer_name or source)
+        tokenizer = read_tokenizer(tokenizer_name) if tokenizer_name else read_tokenizer(source, revision)
         if len(tokenizer) > config.vocab_size:
             raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, and the model {config.vocab_size}")
         tokenizer.model_max_length = config.block_size
@@ -130,7 +131,7 @@ def convert(source: str, destination: Path, to: str, tokenizer_name: str | None)
     try:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
-        WRITERS[to](staging, config, read_weights(source), tokenizer)
+        WRITERS[to](staging, config, read_weights(source, revision), tokenizer)
         if destination.exists():
             destination.rmdir()
         os.rename(staging, destination)
@@ -154,9 +155,10 @@ def main() -> None:
     parser.add_argument("destination", metavar="DESTINATION", type=Path)
     parser.add_argument("--to", choices=WRITERS, default="nanogpt", help="default: nanogpt")
     parser.add_argument("--tokenizer", help="default: the source's own")
+    parser.add_argument("--revision", metavar="NAME", help="default: main")
     args = parser.parse_args()
     try:
-        convert(args.source, args.destination, args.to, args.tokenizer)
+        convert(args.source, args.destination, args.to, args.tokenizer, args.revision)
     except ValueError as mistake:
         parser.error(" ".join(str(mistake).split()))
     print(f"{args.destination} holds {args.source} as {args.to}")

@@ -1,9 +1,11 @@
-"""The optimizer and the learning rate: AdamW with decay groups, and a schedule that is a pure function of the step."""
+"""The optimizer, and the learning rate as a pure function of the step."""
 
 import math
 
 import torch
 from torch import nn
+
+from .muon import muon
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -26,14 +28,34 @@ def adamw(
     return torch.optim.AdamW(decay_groups(model, weight_decay), lr=learning_rate, betas=betas, fused=fused)
 
 
-def learning_rate_at(step: int, learning_rate: float, min_lr: float, warmup_iters: int, lr_decay_iters: int) -> float:
-    """Linear warmup over warmup_iters optimizer steps, then half a cosine down to min_lr at lr_decay_iters.
+def make_optimizer(name: str, model: nn.Module, *settings) -> torch.optim.Optimizer:
+    """adamw or muon, by that name, over the model's parameters; the settings are theirs."""
+    return {"adamw": adamw, "muon": muon}[name](model, *settings)
 
-    Steps count from 0, and the first one already moves: it has 1 / (warmup_iters + 1) of the full rate.
+
+def learning_rate_at(
+    step: int,
+    learning_rate: float,
+    min_lr: float,
+    warmup_iters: int,
+    lr_decay_iters: int,
+    lr_schedule: str = "cosine",
+    decay_fraction: float = 0.4,
+) -> float:
+    """Linear warmup over warmup_iters optimizer steps, then the schedule, down to min_lr at lr_decay_iters.
+
+    cosine is half a cosine, linear a straight line; wsd (warmup, stable, decay) stays at the top until the last
+    decay_fraction of lr_decay_iters, and is a line from there; constant never leaves the top. Steps count from 0, and
+    the first one already moves: it has 1 / (warmup_iters + 1) of the full rate.
     """
     if step < warmup_iters:
         return learning_rate * (step + 1) / (warmup_iters + 1)
+    start = {"constant": math.inf, "wsd": lr_decay_iters * (1 - decay_fraction)}.get(lr_schedule, warmup_iters)
+    start = max(start, warmup_iters)
+    if step < start:
+        return learning_rate
     if step >= lr_decay_iters:
         return min_lr
-    progress = (step - warmup_iters) / (lr_decay_iters - warmup_iters)  # 0 to 1
-    return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (learning_rate - min_lr)
+    progress = (step - start) / (lr_decay_iters - start)  # 0 to 1
+    remaining = 0.5 * (1 + math.cos(math.pi * progress)) if lr_schedule == "cosine" else 1 - progress
+    return min_lr + remaining * (learning_rate - min_lr)

@@ -55,6 +55,7 @@ def parse_arguments() -> argparse.Namespace:
         allow_abbrev=False,
     )
     parser.add_argument("model", metavar="MODEL", help="folder or Hub id")
+    parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
     parser.add_argument("--prompt", default="\n", help="text to continue, or FILE:path (default: a newline)")
     parser.add_argument("--num_samples", type=int, default=3, help="default: 3")
     parser.add_argument("--max_new_tokens", type=int, default=500, help="tokens in a sample at most (default: 500)")
@@ -73,11 +74,14 @@ def parse_arguments() -> argparse.Namespace:
             parser.error(f"--prompt: {path} cannot be read: {error.strerror}")
         except UnicodeDecodeError as error:
             parser.error(f"--prompt: {path} is not UTF-8 text (at byte {error.start})")
+    if args.revision and Path(args.model).exists():
+        parser.error(f"--revision={args.revision} is for a Hub id, but {args.model} is on this machine")
     if not args.prompt:
         parser.error("--prompt is empty, and a model needs a token to go on from")
     try:
-        args.tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
-        args.model = AutoModelForCausalLM.from_pretrained(args.model, trust_remote_code=False)
+        which = {"revision": args.revision, "trust_remote_code": False}
+        args.tokenizer = AutoTokenizer.from_pretrained(args.model, **which)
+        args.model = AutoModelForCausalLM.from_pretrained(args.model, **which)
     except (OSError, ValueError, SafetensorError) as error:
         parser.error(f"{args.model} is not a folder or Hub id with a model and its tokenizer ({first_line(error)})")
     try:

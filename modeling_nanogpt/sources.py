@@ -12,15 +12,75 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, PreTrainedConfig, PreTrainedModel
 
 from .configuration_nanogpt import NanoGPTConfig
-from .conversion import StateDict, config_from_gpt2, config_from_nanogpt, weights_from_gpt2, weights_from_nanogpt
+from .conversion import (
+    StateDict,
+    config_from_gpt2,
+    config_from_nanogpt,
+    crop_positions,
+    weights_from_gpt2,
+    weights_from_nanogpt,
+)
+from .modeling_nanogpt import NanoGPTForCausalLM
 
 
-def read_config(source: str) -> NanoGPTConfig:
-    """The configuration of what a source holds; raises ValueError where that is none of the models we know."""
+def know_tokens(model: PreTrainedModel, count: int, end: int | None) -> None:
+    """Tell a model that its tokenizer has `count` tokens and which of them ends a text; others are never generated."""
+    for holder in (model.config, model.generation_config):
+        holder.bos_token_id = holder.eos_token_id = holder.pad_token_id = end
+    model.generation_config.suppress_tokens = list(range(count, model.config.vocab_size)) or None
+
+
+def choose_config(init_from: str, given: dict, revision: str | None = None) -> NanoGPTConfig:
+    """The model's shape: what is given, or a source's own, which may get another dropout or a smaller block_size.
+
+    `given` holds keys of NanoGPTConfig; raises ValueError where it contradicts the source. `revision` is the branch,
+    tag or commit of a Hub id.
+    """
+    theirs, changes = None, given
+    if init_from != "scratch":
+        try:
+            theirs = read_config(init_from, revision)
+        except ValueError as mistake:
+            raise ValueError(f"init_from={mistake}") from None
+        block_size = min(given.get("block_size", theirs.block_size), theirs.block_size)
+        changes = theirs.to_dict() | {"dropout": given.get("dropout", theirs.dropout), "block_size": block_size}
+    try:
+        config = NanoGPTConfig(**changes)
+    except StrictDataclassError as error:
+        raise ValueError(str(error.__cause__)) from None
+    if theirs is not None:
+        check_given(config, given, init_from)
+    return config
+
+
+def check_given(config: NanoGPTConfig, given: dict, source: str) -> None:
+    """Raise ValueError where a given key of NanoGPTConfig is not what the source has."""
+    for key, value in given.items():
+        theirs = getattr(config, key)
+        if value != theirs:
+            raise ValueError(f"{key}={value}, but init_from={source} has {key}={theirs}: leave it out")
+
+
+def load_model(init_from: str, config: NanoGPTConfig, revision: str | None = None) -> NanoGPTForCausalLM:
+    """The model that a source holds, in float32; `config` is its own, but for dropout and a smaller block_size."""
+    try:
+        weights = crop_positions(read_weights(init_from, revision), config.block_size)
+    except ValueError as mistake:
+        raise ValueError(f"init_from={mistake}") from None
+    return build_model(NanoGPTForCausalLM, config, weights, torch.float32)
+
+
+def read_config(source: str, revision: str | None = None) -> NanoGPTConfig:
+    """The configuration of what a source holds; raises ValueError where that is none of the models we know.
+
+    `revision` is the branch, tag or commit of a Hub id.
+    """
+    if revision and Path(source).exists():
+        raise ValueError(f"{source} is on this machine, but revision={revision} is for a Hub id: leave it out")
     try:
         if ckpt := find_ckpt(source):
             return config_from_nanogpt(read_ckpt(ckpt)["model_args"])
-        config = read_auto_config(source)
+        config = read_auto_config(source, revision)
         if isinstance(config, GPT2Config):
             return config_from_gpt2(config)
         config.use_cache = True  # Trainer saves False, which was for its training: text is generated with a cache
@@ -31,13 +91,13 @@ def read_config(source: str) -> NanoGPTConfig:
         raise ValueError(f"{source}: its model_args have no {error}") from None
 
 
-def read_weights(source: str) -> StateDict:
+def read_weights(source: str, revision: str | None = None) -> StateDict:
     """The weights of what a source holds, under our names and in their own dtype; raises ValueError without any."""
     if ckpt := find_ckpt(source):
         return weights_from_nanogpt(read_ckpt(ckpt)["model"])
-    config = read_auto_config(source)
+    config = read_auto_config(source, revision)
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, dtype="auto")
+        model = AutoModelForCausalLM.from_pretrained(source, revision=revision, trust_remote_code=False, dtype="auto")
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{source} holds no weights that can be read ({first_line(error)})") from None
     return weights_from_gpt2(model.state_dict()) if isinstance(config, GPT2Config) else model.state_dict()
@@ -66,10 +126,10 @@ def read_ckpt(path: Path) -> dict:
     return checkpoint
 
 
-def read_auto_config(source: str) -> NanoGPTConfig | GPT2Config:
+def read_auto_config(source: str, revision: str | None) -> NanoGPTConfig | GPT2Config:
     """The config.json of a folder or Hub id, of the two architectures that we know."""
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"{source} holds no model ({first_line(error)})") from None
     if not isinstance(config, NanoGPTConfig | GPT2Config):

@@ -22,6 +22,15 @@ def test_files_replace_those_of_the_same_name_and_leave_the_others(tmp_path):
     assert not (tmp_path / ".saving").exists()
 
 
+def test_weights_come_last(tmp_path, monkeypatch):
+    renamed, replace = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda source, target: (renamed.append(target.name), replace(source, target)))
+    with written_aside(tmp_path) as folder:
+        for name in ("a", "model.safetensors", "tokenizer.json", "z"):
+            (folder / name).write_text("")
+    assert renamed[-1] == "model.safetensors" and len(renamed) == 4
+
+
 def test_a_save_that_breaks_off_changes_nothing(tmp_path):
     (tmp_path / "model").write_text("old")
     with pytest.raises(RuntimeError), written_aside(tmp_path) as folder:

@@ -32,6 +32,35 @@ def test_learning_rate_is_the_cosine_between_the_corners():
         assert learning_rate_at(step, **SCHEDULE) == pytest.approx(5.5e-4 + 4.5e-4 * math.cos(turn), rel=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        # at the top, in the middle between warmup and end, one step before the end, at the end, and far behind it
+        ("linear", {100: 1e-3, 1050: 5.5e-4, 1999: 1e-4 + 9e-4 / 1900, 2000: 1e-4, 10**6: 1e-4}),
+        ("wsd", {100: 1e-3, 1500: 1e-3, 1750: 5.5e-4, 1999: 1e-4 + 9e-4 / 500, 2000: 1e-4, 10**6: 1e-4}),
+        ("constant", {100: 1e-3, 1999: 1e-3, 2000: 1e-3, 10**6: 1e-3}),
+    ],
+)
+def test_each_schedule_after_the_same_warmup(schedule, expected):
+    def rate(step):
+        return learning_rate_at(step, **SCHEDULE, lr_schedule=schedule, decay_fraction=0.25)
+
+    assert [rate(step) for step in range(100)] == [1e-3 * (step + 1) / 101 for step in range(100)]
+    assert {step: rate(step) for step in expected} == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("decay_fraction", [0.0, 0.96, 0.99])
+def test_wsd_neither_divides_by_zero_nor_decays_in_the_warmup(decay_fraction):
+    def rate(step):
+        return learning_rate_at(step, **SCHEDULE, lr_schedule="wsd", decay_fraction=decay_fraction)
+
+    assert rate(99) == pytest.approx(1e-3 * 100 / 101) and rate(100) == 1e-3 and rate(2000) == 1e-4
+
+
+def test_a_warmup_beyond_the_end_is_a_warmup():
+    assert learning_rate_at(50, 1e-3, 1e-4, 100, 20, "linear") == pytest.approx(1e-3 * 51 / 101)
+
+
 def tiny_model(**changes) -> NanoGPTForCausalLM:
     shape = {"vocab_size": 64, "block_size": 16, "n_layer": 2, "n_head": 2, "n_embd": 32}
     return NanoGPTForCausalLM(NanoGPTConfig(**shape | changes))

@@ -8,6 +8,7 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from conftest import TINY
 from huggingface_hub import ModelCard
@@ -15,10 +16,11 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from modeling_nanogpt import NanoGPTConfig, NanoGPTForCausalLM
-from modeling_nanogpt.publishing import plot_losses, write_report
+from modeling_nanogpt.publishing import Report, draw_samples, find_commit, plot_losses, training_seconds
+from modeling_nanogpt.throughput import flops_per_token
 from train_accelerate import RECIPES
 
-TRAINING, VALIDATION = (31, 119, 180), (255, 127, 14)  # matplotlib's first two colours
+LOGGED, TRAINING, VALIDATION = (198, 219, 239), (31, 119, 180), (255, 127, 14)
 SMALLEST_CONTEXT = min(
     yaml.safe_load(path.read_text(encoding="utf-8")).get("block_size", 1024) for path in RECIPES.glob("*.yaml")
 )
@@ -30,14 +32,34 @@ def card(run):
 
 
 def table_of(card):
-    """The card's one table, heading by heading."""
-    headings, _, values = (line.strip("| ").split(" | ") for line in card.splitlines() if line.startswith("|"))
+    """The card's table of losses, heading by heading."""
+    headings, _, values = [line.strip("| ").split(" | ") for line in card.splitlines() if line.startswith("|")][:3]
     return dict(zip(headings, values, strict=True))
+
+
+def facts_of(card):
+    """The card's table of facts."""
+    rows = re.findall(r"^\| ([a-z ]+) \| (.*) \|$", card.split("## How it was made")[1], re.M)
+    return dict(rows)
+
+
+def samples_of(card):
+    return re.findall(r"^(`{3,})text\n(.*?)\n\1$", card.split("## Samples")[1], re.S | re.M)
 
 
 def code_of(card):
     (code,) = re.findall(r"```python\n(.*?)```", card, re.S)
     return code
+
+
+RECORD = {
+    "corpus": "x.txt",
+    "sha256": "0",
+    "tokenizer": "char",
+    "vocab_size": 300,
+    "tokens": {"train": 90, "val": 10},
+    "bytes": {"val": 10},
+}
 
 
 def read_back(folder):
@@ -52,11 +74,18 @@ def make_model(block_size):
     return NanoGPTForCausalLM(NanoGPTConfig(vocab_size=320, block_size=block_size, n_layer=2, n_head=2, n_embd=32))
 
 
-def write(folder, history, record, name="a-model", block_size=16):
-    """Write the report on a run that was never made."""
-    folder.mkdir(exist_ok=True)
+def make_report(record, name="a-model", block_size=16, recipe=None):
     template = (RECIPES / "MODEL_CARD.md").read_text()
-    write_report(folder, template, name, make_model(block_size).config, record, history, history[-1]["step"], 1000)
+    model = make_model(block_size)
+    return Report(template, name, model.config, model.num_parameters(), record, recipe or {}, 50, "a machine", "abc")
+
+
+def write(folder, history, record, samples=(), earlier=None, **kwargs):
+    """Write the report on a run that was never made; returns the card."""
+    folder.mkdir(exist_ok=True)
+    report = make_report(record, **kwargs)
+    report.write(folder, history, history[-1]["step"], samples, earlier or folder / "README.md")
+    return (folder / "README.md").read_text(encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -68,6 +97,11 @@ def test_the_hub_can_read_the_cards_metadata(run):
     assert data.library_name == "transformers"
     assert data.pipeline_tag == "text-generation"
     assert data.tags == ["nanogpt"]
+    history, _ = read_back(run)
+    results = {result.metric_type: result.metric_value for result in data.eval_results}
+    assert results.keys() == {"loss", "perplexity", "bits_per_byte"}
+    assert results["loss"] == pytest.approx(history[-1]["val_loss"], abs=5e-5)
+    assert {result.dataset_name for result in data.eval_results} == {"corpus.txt, held-out part"}
 
 
 def test_no_blank_of_the_template_is_left(card):
@@ -88,9 +122,8 @@ def test_the_losses_in_the_card_are_those_of_the_last_evaluation(run, card):
 
 def test_bits_a_byte_count_bytes_and_not_tokens(run, tmp_path):
     history, record = read_back(run)
-    record = record | {"tokens": {"val": 100}, "bytes": {"val": 400}}
-    write(tmp_path, [{"step": 3, "val_loss": 2 * math.log(2)}], record)
-    card = (tmp_path / "README.md").read_text()
+    record = record | {"tokens": {"train": 1, "val": 100}, "bytes": {"val": 400}}
+    card = write(tmp_path, [{"step": 3, "val_loss": 2 * math.log(2)}], record)
     assert table_of(card) == {
         "validation loss (nats a token)": "1.3863",
         "perplexity": "4.00",
@@ -104,11 +137,144 @@ def test_the_card_counts_the_tokens_that_were_trained_on(card):
 
 
 def test_the_card_describes_the_model_and_the_text(run, card):
-    assert "2 layers with 2 heads, width 32 and a context of 16 tokens" in " ".join(card.split())
+    words = " ".join(card.split())
+    parameters = sum(p.numel() for p in NanoGPTForCausalLM.from_pretrained(run.out_dir).parameters())
+    assert f"A GPT of {parameters:,} parameters (2 layers, 2 heads, width 32) with a context of 16 tokens" in words
     corpus = run.data_dir.parent / "corpus.txt"
-    assert f"`{corpus}`" in card
-    assert f"sha256 is `{hashlib.sha256(corpus.read_bytes()).hexdigest()}`" in " ".join(card.split())
-    assert "tokenizer is `char`" in " ".join(card.split())
+    assert f"trained from scratch on `{corpus}`" in words
+    facts = facts_of(card)
+    assert facts["text"] == f"`{corpus}`, sha256 `{hashlib.sha256(corpus.read_bytes()).hexdigest()}`"
+    tokens = len(AutoTokenizer.from_pretrained(run.out_dir))
+    assert facts["tokenizer"] == f"`char`, {tokens} tokens"
+    assert facts["tokens"] == "5,400 to train on, 600 held out"
+
+
+def test_the_card_counts_the_arithmetic(run, card):
+    tokens = TINY["max_iters"] * TINY["gradient_accumulation_steps"] * TINY["batch_size"] * TINY["block_size"]
+    flops = tokens * flops_per_token(NanoGPTConfig.from_pretrained(run.out_dir))
+    assert facts_of(card)["trained on"] == f"{tokens:,} tokens ({tokens / 5400:.2f} times the text), {flops:.2e} FLOPs"
+
+
+def test_the_card_holds_the_recipe_and_the_command_that_repeats_it(run, card):
+    (recipe,) = re.findall(r"```yaml\n(.*?)```", card, re.S)
+    assert yaml.safe_load(recipe) == yaml.safe_load((run.out_dir / "run.yaml").read_text())
+    assert "\naccelerate launch train_accelerate.py run.yaml --out_dir=out/again\n" in card
+
+
+def test_a_repeated_run_pushes_nowhere(tmp_path):
+    card = write(tmp_path, [{"step": 1, "val_loss": 2.0}], RECORD, recipe={"push_to_hub": True})
+    assert " run.yaml --out_dir=out/again --push_to_hub=false\n" in card
+
+
+def test_the_card_says_what_the_run_went_on_from(tmp_path):
+    card = write(tmp_path, [{"step": 1, "val_loss": 2.0}], RECORD, recipe={"init_from": "alice/tiny"})
+    assert "trained from `alice/tiny` on" in card
+    assert ModelCard(card).data.base_model == "alice/tiny"
+    card = write(tmp_path, [{"step": 1, "val_loss": 2.0}], RECORD, recipe={"init_from": str(tmp_path)})
+    assert f"trained from `{tmp_path}` on" in card and ModelCard(card).data.base_model is None
+
+
+def test_the_card_names_a_text_of_the_hub_and_its_revision(tmp_path):
+    record = RECORD | {"corpus": "alice/texts", "revision": "0123abc"}
+    card = write(tmp_path, [{"step": 1, "val_loss": 2.0}], record)
+    assert ModelCard(card).data.datasets == ["alice/texts"]
+    assert facts_of(card)["text"] == "`alice/texts` at revision `0123abc`, sha256 `0`"
+
+
+def test_the_card_says_how_long_and_on_what(card):
+    facts = facts_of(card)
+    assert float(facts["time"].split()[0]) > 0
+    assert re.fullmatch(r"1 process \(.+\), (float32|bfloat16|float16)", facts["hardware"])
+    assert facts["commit"] == f"`{find_commit()}`" and re.fullmatch(r"`[0-9a-f]{40}(-dirty)?`", facts["commit"])
+
+
+def test_time_counts_each_logged_interval_at_its_own_rate():
+    history = [{"step": 0, "val_loss": 1.0}, {"step": 10, "tokens_per_second": 50.0, "loss": 1.0}]
+    history += [{"step": 30, "tokens_per_second": 100.0, "loss": 1.0}, {"step": 31, "val_loss": 1.0}]
+    assert training_seconds(history, step_tokens=5) == 10 * 5 / 50 + 20 * 5 / 100
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Samples
+
+
+def test_the_card_shows_three_samples_of_the_model_that_was_saved(run, card):
+    model = NanoGPTForCausalLM.from_pretrained(run.out_dir).train()
+    tokenizer = AutoTokenizer.from_pretrained(run.out_dir)
+    torch.manual_seed(0)
+    before = torch.random.get_rng_state()
+    drawn = draw_samples(model, tokenizer, 16, torch.device("cpu"))
+    assert [text.strip() for _, text in samples_of(card)] == [text.strip() for text in drawn]
+    assert len(set(drawn)) == 3 and all(len(text) == 15 for text in drawn)
+    assert torch.equal(torch.random.get_rng_state(), before) and model.training
+
+
+def test_samples_are_drawn_from_what_the_model_says(run):
+    model = NanoGPTForCausalLM.from_pretrained(run.out_dir, dropout=0.5).train()
+    tokenizer = AutoTokenizer.from_pretrained(run.out_dir)
+    with torch.no_grad():
+        model.transformer.wpe.weight.normal_(generator=torch.Generator().manual_seed(0))  # so that positions count
+    unused = torch.arange(model.config.vocab_size) >= len(tokenizer)  # likely, but no text becomes them
+    model.lm_head.register_forward_hook(lambda module, inputs, logits: logits + 100.0 * unused)
+    drawn = draw_samples(model, tokenizer, 16, torch.device("cpu"))
+    model.eval()
+    generator = torch.Generator().manual_seed(1337)
+    ids = torch.tensor([tokenizer("\n").input_ids] * 3)
+    with torch.no_grad():
+        while ids.shape[1] < 16:
+            logits = model(ids, use_cache=False).logits[:, -1].masked_fill(unused, -math.inf)
+            chances = torch.softmax(logits / 0.8, -1)
+            likeliest = chances.topk(200)
+            new = likeliest.indices.gather(1, torch.multinomial(likeliest.values, 1, generator=generator))
+            ids = torch.cat([ids, new], dim=1)
+    assert drawn == [tokenizer.decode(row[1:]) for row in ids]
+
+
+def test_a_sample_ends_where_its_text_ends(run):
+    model = NanoGPTForCausalLM.from_pretrained(run.out_dir)
+    tokenizer = AutoTokenizer.from_pretrained(run.out_dir)
+    with torch.no_grad():
+        model.transformer.ln_f.weight.zero_()  # every token is as likely as any other ...
+        model.lm_head.weight.zero_()
+    kept = [(tokenizer("e", add_special_tokens=False).input_ids[0], 0.0), (tokenizer.eos_token_id, 0.0)]
+    bias = torch.full((model.config.vocab_size,), -1e9)
+    bias[[token for token, _ in kept]] = 0.0  # ... of these two
+    model.lm_head.register_forward_hook(lambda module, inputs, logits: logits + bias)
+    for text in draw_samples(model, tokenizer, 16, torch.device("cpu")):
+        assert set(text) <= {"e"} and len(text) < 15
+
+
+@pytest.mark.parametrize(
+    "text", ["```\n# no heading\n```", "a\0b\x1b[31mc\ufffe", "````", "$loss ${x} $", "---\nx: 1\n---"]
+)
+def test_a_sample_may_hold_anything_and_the_card_stays_one(tmp_path, text):
+    card = write(tmp_path, [{"step": 1, "val_loss": 2.0}], RECORD, samples=[text, "second"])
+    (_, first), (_, second) = samples_of(card)
+    assert second == "second"
+    assert first == re.sub("[\0\x1b\ufffe]", "\ufffd", text)
+    assert ModelCard.load(tmp_path / "README.md").data.library_name == "transformers"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A person's notes
+
+
+def test_notes_survive_the_next_save(tmp_path):
+    card = write(tmp_path, [{"step": 1, "val_loss": 2.0}], RECORD)
+    notes = "Ask **Ana** first. $loss\n\n<!-- hidden -->\n\\1"
+    edited = card.replace("<!-- your notes -->\n", f"<!-- your notes -->\n{notes}\n") + "lost"
+    (tmp_path / "README.md").write_text(edited)
+    again = write(tmp_path, [{"step": 2, "val_loss": 1.0}], RECORD)
+    assert again == write(tmp_path / "other", [{"step": 2, "val_loss": 1.0}], RECORD).replace(
+        "<!-- your notes -->\n", f"<!-- your notes -->\n{notes}\n"
+    )
+
+
+@pytest.mark.parametrize("earlier", ["", "# my own card", "<!-- your notes -->\nno end"])
+def test_a_card_without_marks_is_written_anew(tmp_path, earlier):
+    (tmp_path / "README.md").write_text(earlier)
+    card = write(tmp_path, [{"step": 1, "val_loss": 2.0}], RECORD)
+    assert card == write(tmp_path / "other", [{"step": 1, "val_loss": 2.0}], RECORD)
 
 
 def test_the_card_names_the_versions_that_the_run_used(card):
@@ -146,24 +312,22 @@ def test_the_code_in_a_runs_own_card_runs(run, card, monkeypatch, capsys):
 # Reports on made-up runs
 
 
-RECORD = {"corpus": "x.txt", "sha256": "0", "tokenizer": "char", "tokens": {"val": 10}, "bytes": {"val": 10}}
-
-
 @pytest.mark.parametrize("val_loss", [0.0, 709.0, 710.0, 1e30, math.inf, math.nan])
 def test_a_run_that_diverged_can_be_reported(tmp_path, val_loss):
     history = [{"step": 0, "val_loss": 5.0}, {"step": 1, "loss": val_loss}, {"step": 2, "val_loss": val_loss}]
-    write(tmp_path, history, RECORD)
-    facts = table_of((tmp_path / "README.md").read_text())
+    facts = table_of(write(tmp_path, history, RECORD))
     written = [float(value) for value in facts.values()]
     assert written[0] == pytest.approx(val_loss, nan_ok=True)
     assert written[1] >= 1 or math.isnan(val_loss)
     again = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
     assert repr(again) == repr(history)  # nan is not equal to itself
+    results = ModelCard.load(tmp_path / "README.md").data.eval_results or []
+    assert all(math.isfinite(result.metric_value) for result in results)
 
 
 def test_a_name_or_a_text_may_hold_any_character(tmp_path):
-    write(tmp_path, [{"step": 1, "val_loss": 2.0}], RECORD | {"corpus": "Über $name/日本.txt"}, name="$step ${é}")
-    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    record = RECORD | {"corpus": "Über $name/日本.txt"}
+    card = write(tmp_path, [{"step": 1, "val_loss": 2.0}], record, name="$step ${é}")
     assert "# $step ${é}\n" in card and "`Über $name/日本.txt`" in card
 
 
@@ -181,12 +345,12 @@ def count(pixels, colour):
     return (pixels == colour).all(axis=2).sum()
 
 
-def test_the_plot_of_a_run_is_a_picture_with_two_lines(run):
+def test_the_plot_of_a_run_is_a_picture_with_its_lines(run):
     kind, pixels = look_at(run.out_dir / "loss.png")
     assert kind == "PNG"
     assert 300 <= pixels.shape[0] <= 1500 and 500 <= pixels.shape[1] <= 2000
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
-    assert count(pixels, TRAINING) > 100 and count(pixels, VALIDATION) > 100
+    assert all(count(pixels, colour) > 100 for colour in (LOGGED, TRAINING, VALIDATION))
 
 
 def steps(values, key="loss"):
@@ -207,16 +371,38 @@ def steps(values, key="loss"):
 def test_any_history_can_be_drawn_in_silence(tmp_path, history):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        plot_losses(tmp_path / "loss.png", history)
+        plot_losses(tmp_path / "loss.png", history, 100)
     _, pixels = look_at(tmp_path / "loss.png")
     finite = any(math.isfinite(value) for entry in history for key, value in entry.items() if key != "step")
-    coloured = (np.ptp(pixels, axis=2) > 60).sum()  # frame, grid and text are grey
+    coloured = (np.ptp(pixels, axis=2) > 30).sum()  # frame, grid and text are grey
     assert (coloured > 10) == finite
 
 
 def test_the_plot_shows_the_losses_and_nothing_else(tmp_path):
     pictures = []
     for last in (1.0, 1.0, 1.5):
-        plot_losses(tmp_path / "loss.png", steps([3.0, 2.0, last]))
+        plot_losses(tmp_path / "loss.png", steps([3.0, 2.0, last]), 100)
         pictures.append((tmp_path / "loss.png").read_bytes())
     assert pictures[0] == pictures[1] != pictures[2]
+
+
+def test_the_fall_at_the_start_does_not_flatten_the_rest(tmp_path):
+    falling = [10.0, 9.0, 3.0] + [2.0 - i / 100 for i in range(100)]
+    plot_losses(tmp_path / "loss.png", steps(falling, "val_loss"), 100)
+    _, pixels = look_at(tmp_path / "loss.png")
+    rows = np.nonzero((pixels == VALIDATION).all(axis=2).any(axis=1))[0]
+    at_the_end = np.nonzero((pixels[:, -80:] == VALIDATION).all(axis=2).any(axis=1))[0]
+    half = pixels.shape[0] / 2
+    assert rows.min() < 20 and at_the_end.min() > half
+    middle = np.nonzero((pixels[:, pixels.shape[1] // 2] == VALIDATION).all(axis=1))[0]
+    assert 0.3 * pixels.shape[0] < middle.mean() < 0.7 * pixels.shape[0]  # halfway down, as half of 2.0 to 1.0 is
+
+
+def test_an_evaluation_above_the_picture_draws_no_line_into_it(tmp_path):
+    logged = [{"step": i, "loss": 2.0 - i / 100} for i in range(1, 101)]
+    evaluated = [{"step": i, "val_loss": 2.0 - i / 100} for i in (50, 100)]
+    pictures = []
+    for history in (logged + evaluated, [{"step": 0, "val_loss": 10.0}] + logged + evaluated):
+        plot_losses(tmp_path / "loss.png", history, 100)
+        pictures.append((tmp_path / "loss.png").read_bytes())
+    assert pictures[0] == pictures[1]

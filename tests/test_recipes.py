@@ -10,7 +10,8 @@ import torch
 import yaml
 
 from modeling_nanogpt import NanoGPTForCausalLM
-from train_accelerate import RECIPES, DataArguments, ModelArguments, RunArguments, build_config, parse_arguments
+from modeling_nanogpt.sources import choose_config
+from train_accelerate import RECIPES, DataArguments, ModelArguments, RunArguments, parse_arguments
 
 README = Path(__file__).parent.parent / "README.md"
 ALL_ARGUMENTS = (ModelArguments, DataArguments, RunArguments)
@@ -50,7 +51,7 @@ def number_of(words):
 def build_model(name):
     """The model of a recipe without its weights, the vocabulary being what the trainer makes it."""
     model_args, data_args, _ = parse_arguments([str(shipped(name))])
-    config = build_config(model_args)
+    config = choose_config(model_args.init_from, model_args.shape())
     tokens = {"bpe": data_args.vocab_size, "gpt2": 50_257, "char": SHAKESPEARE_CHARACTERS + 256 + 1}[
         data_args.tokenizer
     ]
@@ -133,6 +134,8 @@ def test_the_arithmetic_in_a_recipe_is_that_of_its_knobs(name):
         ("shakespeare", "14 times over", 14, 301_966),
         ("shakespeare_char", "82 times over", 82, SHAKESPEARE_TRAIN),
         ("shakespeare_char_cpu", "one and a half times over", 1.5, SHAKESPEARE_TRAIN),
+        ("shakespeare_char_fast", "33 times over", 33, SHAKESPEARE_TRAIN),
+        ("shakespeare_char_cpu_fast", "one and a half times over", 1.5, SHAKESPEARE_TRAIN),
         ("openwebtext", "33 times over", 33, 9_035_582_198),  # nanoGPT's own count
         ("fineweb_edu_10b", "once over", 1, 10e9),
     ],
@@ -161,6 +164,14 @@ def test_the_readme_lists_every_recipe_with_its_size():
         assert model.config.block_size == int(context)
 
 
+@pytest.mark.parametrize("name", [name for name in SHIPPED if name.endswith("_fast")])
+def test_a_fast_recipe_has_another_optimizer_for_the_same_model_and_data(name):
+    fast, plain = vars(resolve(shipped(name))), vars(resolve(shipped(name.removesuffix("_fast"))))
+    changed = {key for key in fast if fast[key] != plain[key]} - {"out_dir", "data_dir", "max_iters", "lr_decay_iters"}
+    assert changed == {"optimizer", "learning_rate", "lr_schedule", "min_lr", "warmup_iters"}
+    assert (fast["optimizer"], plain["optimizer"]) == ("muon", "adamw")
+
+
 def test_shakespeare_char_has_nanogpts_numbers():
     assert (
         vars(resolve(shipped("shakespeare_char"))).items()
@@ -174,6 +185,8 @@ def test_shakespeare_char_has_nanogpts_numbers():
             "gradient_accumulation_steps": 1,
             "learning_rate": 1e-3,
             "min_lr": 1e-4,
+            "optimizer": "adamw",
+            "lr_schedule": "cosine",
             "decay_lr": True,
             "warmup_iters": 100,
             "lr_decay_iters": 5000,
@@ -203,6 +216,8 @@ def test_shakespeare_char_cpu_has_nanogpts_numbers():
             "gradient_accumulation_steps": 1,
             "learning_rate": 1e-3,
             "min_lr": 1e-4,
+            "optimizer": "adamw",
+            "lr_schedule": "cosine",
             "decay_lr": True,
             "warmup_iters": 100,
             "lr_decay_iters": 2000,
@@ -231,6 +246,8 @@ def test_the_defaults_are_nanogpts(recipe):
             "beta1": 0.9,
             "beta2": 0.95,
             "grad_clip": 1.0,
+            "optimizer": "adamw",
+            "lr_schedule": "cosine",
             "decay_lr": True,
             "warmup_iters": 2000,
             "eval_interval": 2000,
@@ -376,7 +393,7 @@ def test_run_yaml_is_a_recipe_that_resolves_to_the_same_arguments(run):
 def test_run_yaml_names_every_knob_but_those_left_to_the_model(run):
     written = yaml.safe_load((run.out_dir / "run.yaml").read_text())
     shape = {field.name for field in dataclasses.fields(ModelArguments)}
-    assert set(KNOBS) - shape <= set(written) <= set(KNOBS)
+    assert set(KNOBS) - shape - {"hub_model_id"} <= set(written) <= set(KNOBS)
     assert {type(value) for value in written.values()} <= {str, int, float, bool}
 
 
@@ -434,6 +451,9 @@ def test_a_recipe_that_is_not_there_is_answered_with_those_that_are(tmp_path, re
         ("bias: 2\n", ["bias", "2"]),
         ("dtype: fp61\n", ["dtype", "fp61", "bfloat16"]),
         ("attn_implementation: flash\n", ["attn_implementation", "flash", "sdpa"]),
+        ("optimizer: sgd\n", ["optimizer", "sgd", "muon"]),
+        ("lr_schedule: triangle\n", ["lr_schedule", "triangle", "wsd"]),
+        ("decay_fraction: 40\n", ["decay_fraction=40", "below 1"]),
         ("batch_size: 0\n", ["batch_size=0", "at least 1"]),
         ("gradient_accumulation_steps: -1\n", ["gradient_accumulation_steps=-1", "at least 1"]),
         ("max_iters: 0\n", ["max_iters=0", "at least 1"]),

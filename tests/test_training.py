@@ -38,6 +38,7 @@ def test_out_dir_is_a_whole_model_repository(run):
         "loss.png",
         "run.yaml",
         "history.jsonl",
+        "checkpoints",
     }
 
 
@@ -51,6 +52,27 @@ def test_max_iters_counts_optimizer_updates_and_each_has_its_learning_rate(run):
     assert [entry["step"] for entry in run.history if "val_loss" in entry] == [0, 10, 20]
     expected = [learning_rate_at(step, 1e-2, 1e-3, 2, 20) for step in range(20)]
     assert run.rates == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({"lr_schedule": "linear", "min_lr": 0}, [1 / 3, 2 / 3, 1, 3 / 4, 2 / 4, 1 / 4]),
+        ({"lr_schedule": "wsd", "min_lr": 0, "decay_fraction": 0.5}, [1 / 3, 2 / 3, 1, 1, 2 / 3, 1 / 3]),
+        ({"lr_schedule": "constant"}, [1 / 3, 2 / 3, 1, 1, 1, 1]),
+        ({"decay_lr": "false"}, [1, 1, 1, 1, 1, 1]),  # nanoGPT's constant rate has no warmup
+    ],
+)
+def test_the_schedule_is_the_flags(tmp_path, flags, expected):
+    run = train(tmp_path, max_iters=6, eval_tokens=64, **flags)
+    assert run.rates == pytest.approx([1e-2 * part for part in expected], rel=1e-12)
+
+
+def test_muon_accumulates_as_one_batch(tmp_path):
+    whole = train(tmp_path, optimizer="muon", max_iters=6)
+    split = train(tmp_path, optimizer="muon", max_iters=6, batch_size=2, gradient_accumulation_steps=4)
+    assert split.losses == pytest.approx(whole.losses, abs=1e-3)  # its products are in bfloat16
+    assert whole.losses != train(tmp_path, max_iters=6).losses
 
 
 def test_the_last_evaluation_is_always_there(tmp_path):
@@ -116,7 +138,7 @@ def test_two_processes_train_on_the_same_windows(tmp_path):
         text=True,
     )
     assert result.returncode == 0, result.stderr
-    assert "2 process(es) on cpu" in result.stdout
+    assert "2 processes by DDP (cpu, 1 thread each), float32" in result.stdout
     assert result.stdout.count("step 20: ") == 1  # one process speaks
     history = [json.loads(line) for line in (tmp_path / "two" / "history.jsonl").read_text().splitlines()]
     assert [entry["loss"] for entry in history if "loss" in entry] == pytest.approx(one.losses, abs=1e-5)

@@ -2,8 +2,10 @@
 
 import dataclasses
 import difflib
+from pathlib import Path
 from typing import Literal, NoReturn
 
+import yaml
 from transformers import HfArgumentParser
 
 
@@ -72,6 +74,34 @@ class FlagParser(HfArgumentParser):
                 self.error(f"unexpected {flag!r}: flags are written --key=value")
             self.error(self.explain_unknown(flag[2:].split("=")[0]))
         return tuple(parsed)
+
+    def read_recipe(self, path: Path, recipes: Path) -> list[str]:
+        """A YAML file as flags: each `key: value` becomes --key=value; a null keeps the default.
+
+        Raises ValueError where it is none; where there is no such file, that names those in the folder `recipes`.
+        """
+        try:
+            root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        except OSError:
+            known = ", ".join(sorted(str(recipe.stem) for recipe in recipes.glob("*.yaml")))
+            raise ValueError(f"recipe {path} cannot be read; {recipes.name}/ holds {known}") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"recipe {path} is not YAML: {error}") from None
+        if not isinstance(root, yaml.MappingNode):
+            raise ValueError(f"recipe {path} is not a list of `key: value` lines")
+        flags = {}
+        for key, value in root.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise ValueError(f"recipe {path}: line {key.start_mark.line + 1} is no `key: value`")
+            if not isinstance(value, yaml.ScalarNode):
+                raise ValueError(f"recipe {path}: {key.value} must be a single value")
+            if key.value not in self.keys:
+                raise ValueError(f"recipe {path}: {self.explain_unknown(key.value)}")
+            if key.value in flags:
+                raise ValueError(f"recipe {path}: {key.value} stands there twice")
+            flags[key.value] = value
+        null = "tag:yaml.org,2002:null"  # null, ~ or nothing, unless in quotes
+        return [f"--{key}={value.value}" for key, value in flags.items() if value.tag != null]
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")

@@ -19,10 +19,10 @@ def named_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return load_tokenizer(name)
 
 
-def load_tokenizer(name: str, flag: str = "tokenizer") -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, flag: str = "tokenizer", revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of the folder or Hub id that a flag names; raises ValueError where there is none."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     except Exception as error:  # of the Hub, of a broken file, of what a tokenizer_config.json asks for
         known = "char, bpe, gpt2, a text file, or a folder or Hub id with a tokenizer"
         allowed = known if flag == "tokenizer" else "it has no tokenizer"

@@ -1,0 +1,246 @@
+"""Trains the fast recipe with one change at a time, over several seeds, and tells what each change does to the loss.
+
+    python docs/ablation.py runs.jsonl cpu --seeds=4 --corpus=tinyshakespeare.txt     run what is not there yet
+    python docs/ablation.py runs.jsonl                                                show what is there
+
+Every run is a line in the file: a run that was killed starts again, one that has finished does not.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import statistics
+import tempfile
+from pathlib import Path
+
+import torch
+import yaml
+
+import train_accelerate
+from modeling_nanogpt import muon
+from modeling_nanogpt.modeling_nanogpt import NanoGPTPreTrainedModel
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is compared: a base of flags, and by name the flags and patches that differ from it.
+
+FAST = {
+    "optimizer": "muon",
+    "learning_rate": 0.03,
+    "lr_schedule": "linear",
+    "min_lr": 0,
+    "warmup_iters": 0,
+    "eval_interval": 1_000_000,  # at the end only
+}
+CPU = {"recipe": "hub_configs/shakespeare_char_cpu.yaml"}
+WIDE = {
+    "recipe": "hub_configs/quickstart.yaml",
+    "n_layer": 6,
+    "n_head": 4,
+    "n_embd": 256,
+    "dtype": "bfloat16",
+    "max_iters": 300,
+    "eval_tokens": 50_000,
+}
+
+
+def around_step(wrapper):
+    """A patch that puts a function around Muon's step."""
+
+    def patch():
+        step = muon.Muon.step
+        muon.Muon.step = lambda self, closure=None: wrapper(self, step)
+
+    return patch
+
+
+def momentum_warmup(steps):
+    """Momentum from 0.85 to 0.95 over the first steps, as in modded-nanogpt's record 9."""
+
+    def wrapper(optimizer, step):
+        optimizer.steps_done = getattr(optimizer, "steps_done", 0) + 1
+        for group in optimizer.param_groups:
+            group["momentum"] = 0.85 + 0.1 * min(1, optimizer.steps_done / steps)
+        step(optimizer)
+
+    return around_step(wrapper)
+
+
+def cautious_decay(optimizer, step):
+    """Weight decay only where the update itself makes a weight smaller (Chen et al., 2510.12402)."""
+    groups = [group for group in optimizer.param_groups if group["parts"]]
+    before = [[p.detach().clone() for p in group["params"]] for group in groups]
+    decays = [group["weight_decay"] for group in groups]
+    for group in groups:
+        group["weight_decay"] = 0.0
+    step(optimizer)
+    for group, decay, weights in zip(groups, decays, before, strict=True):
+        group["weight_decay"] = decay
+        for p, old in zip(group["params"], weights, strict=True):
+            agrees = (old - p.detach()) * old > 0
+            p.data.sub_(old * agrees, alpha=group["lr"] * decay)
+
+
+def row_norms(optimizer, step):
+    """Each neuron's update divided by a running root mean square of its own (NorMuon, 2510.05491)."""
+    weights = [p for group in optimizer.param_groups if group["parts"] for p in group["params"]]
+    before = [p.detach().clone() for p in weights]
+    step(optimizer)
+    for p, old in zip(weights, before, strict=True):
+        update, state = p.detach() - old, optimizer.state[p]
+        square = update.square().mean(1, keepdim=True)
+        state["square"] = state.get("square", torch.zeros_like(square)).lerp(square, 0.05)
+        scaled = update / state["square"].sqrt().clamp(min=1e-10)
+        p.data.copy_(old + scaled * (update.norm() / scaled.norm().clamp(min=1e-10)))
+
+
+def zero_projections():
+    """Residual projections start at zero: each block is the identity at first."""
+    init_weights = NanoGPTPreTrainedModel._init_weights
+
+    @torch.no_grad()
+    def patched(self, module):
+        init_weights(self, module)
+        if getattr(module, "is_residual_projection", False):
+            module.weight.zero_()
+
+    NanoGPTPreTrainedModel._init_weights = patched
+
+
+def constant(name, value):
+    """A patch that gives one of muon.py's constants another value."""
+    return lambda: setattr(muon, name, value)
+
+
+def one_matrix():
+    """q, k and v orthogonalised together, as the one matrix in which they lie."""
+    groups = muon.muon_groups
+    muon.muon_groups = lambda *args: [g | {"parts": min(g["parts"], 1)} for g in groups(*args)]
+
+
+def core_time():
+    """The run's clock is the time of its own core, whatever else the machine does."""
+    train_accelerate.time.perf_counter = train_accelerate.time.process_time
+
+
+THREE = ((8.2186, -23.72, 17.2185), (3.8835, -2.8413, 0.5331), (3.1681, -2.3329, 0.4775))  # from 0.005
+JORDAN = ((3.4445, -4.7750, 2.0315),) * 5
+CHANGES = {
+    "base": {},
+    "AdamW at 4e-3": {"optimizer": "adamw", "warmup_iters": 50, "learning_rate": 4e-3},
+    "AdamW at 8e-3": {"optimizer": "adamw", "warmup_iters": 50, "learning_rate": 8e-3},
+    "learning_rate 0.01": {"learning_rate": 0.01},
+    "learning_rate 0.02": {"learning_rate": 0.02},
+    "learning_rate 0.04": {"learning_rate": 0.04},
+    "AdamW at twice the rate": {"patch": constant("ADAMW_RATE", 16.0)},
+    "AdamW at half the rate": {"patch": constant("ADAMW_RATE", 4.0)},
+    "cosine to zero": {"lr_schedule": "cosine"},
+    "linear to a tenth": {"min_lr": 0.003},
+    "wsd, decay_fraction 0.4": {"lr_schedule": "wsd"},
+    "wsd, decay_fraction 0.7": {"lr_schedule": "wsd", "decay_fraction": 0.7},
+    "warmup of 50 steps": {"warmup_iters": 50},
+    "beta2 0.95": {"beta2": 0.95},
+    "beta1 0.8": {"beta1": 0.8},
+    "weight_decay 0": {"weight_decay": 0},
+    "weight_decay 0.3": {"weight_decay": 0.3},
+    "no clipping": {"grad_clip": 0},
+    "three iterations": {"patch": constant("COEFFICIENTS", THREE)},
+    "Jordan's five": {"patch": constant("COEFFICIENTS", JORDAN)},
+    "momentum 0.9": {"patch": constant("MOMENTUM", 0.9)},
+    "momentum warmup": {"patch": momentum_warmup(100)},
+    "cautious decay": {"patch": around_step(cautious_decay)},
+    "row norms": {"patch": around_step(row_norms)},
+    "zero projections": {"patch": zero_projections},
+    "q, k and v as one": {"patch": one_matrix},
+}
+WIDTHS = {
+    f"n_embd {width}, AdamW at {rate:g}": {"n_embd": width, "patch": constant("ADAMW_RATE", rate / 0.03 * width**0.5)}
+    for width in (64, 128, 256)
+    for rate in (8e-3, 16e-3, 32e-3)
+}
+RECIPES = {
+    "nanoGPT's": {"eval_interval": 100},
+    "fast": FAST | {"eval_interval": 400},
+    "fast, 450 steps": FAST | {"max_iters": 450, "eval_interval": 150},
+}
+STUDIES = {
+    "cpu": (FAST | CPU | {"max_iters": 200}, CHANGES),
+    "widths": (FAST | CPU | {"max_iters": 200}, WIDTHS),
+    "wide": (WIDE | FAST, CHANGES),
+    "recipes": (CPU, RECIPES),
+    "speed": (
+        CPU | {"eval_interval": 1_000_000, "max_iters": 100, "patch": core_time},
+        {"nanoGPT's": {}, "fast": FAST},
+    ),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Running
+
+
+def train(job: tuple) -> dict:
+    """One run in this process, which a patch may spoil for the next one. Returns its line."""
+    study, variant, seed, common, threads = job
+    torch.set_num_threads(threads)
+    base, variants = STUDIES[study]
+    flags = base | variants[variant] | common | {"seed": seed}
+    flags.pop("patch", lambda: None)()
+    evaluate, calls = train_accelerate.evaluate, itertools.count()
+    # the loop evaluates val, then train; of these only val after the start is looked at here
+    train_accelerate.evaluate = lambda *args: math.nan if (call := next(calls)) % 2 or not call else evaluate(*args)
+    out_dir = tempfile.mkdtemp()
+    recipe = flags.pop("recipe")
+    train_accelerate.main([recipe, *(f"--{key}={value}" for key, value in flags.items()), f"--out_dir={out_dir}"])
+    history = [json.loads(line) for line in (Path(out_dir) / "history.jsonl").read_text().splitlines()]
+    resolved = yaml.safe_load((Path(out_dir) / "run.yaml").read_text())
+    shutil.rmtree(out_dir)
+    tokens = math.prod(resolved[key] for key in ("gradient_accumulation_steps", "batch_size", "block_size"))
+    evaluated = [entry for entry in history if "val_loss" in entry and entry["step"] > 0]
+    return {
+        "study": study,
+        "variant": variant,
+        "seed": seed,
+        "tokens_per_step": tokens,
+        "ms_per_step": 1000 * statistics.median(tokens / e["tokens_per_second"] for e in history if "loss" in e),
+        "val_losses": [[entry["step"], entry["val_loss"]] for entry in evaluated],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("runs", type=Path)
+    parser.add_argument("study", nargs="?", choices=STUDIES)
+    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--only", nargs="*")
+    parser.add_argument("--jobs", type=int, default=2)
+    args, common = parser.parse_known_args()
+    done = [json.loads(line) for line in args.runs.read_text().splitlines()] if args.runs.exists() else []
+    if args.study:
+        there = {(run["study"], run["variant"], run["seed"]) for run in done}
+        common = dict(flag.lstrip("-").split("=", 1) for flag in common)
+        variants = args.only or STUDIES[args.study][1]
+        threads = os.cpu_count() // args.jobs
+        jobs = [
+            (args.study, variant, seed, common, threads) for seed in range(1, args.seeds + 1) for variant in variants
+        ]
+        jobs = [job for job in jobs if job[:3] not in there]
+        with multiprocessing.get_context("fork").Pool(args.jobs, maxtasksperchild=1) as pool:
+            for run in pool.imap_unordered(train, jobs, chunksize=1):
+                with args.runs.open("a") as file:
+                    file.write(json.dumps(run) + "\n")
+                done.append(run)
+    for study, (_, variants) in STUDIES.items():
+        print(f"\n| {study} | loss | deviation | seeds |\n| --- | --- | --- | --- |")
+        for variant in variants:
+            losses = [run["val_losses"][-1][1] for run in done if (run["study"], run["variant"]) == (study, variant)]
+            if losses:
+                deviation = statistics.stdev(losses) if len(losses) > 1 else math.nan
+                print(f"| {variant} | {statistics.mean(losses):.4f} | {deviation:.4f} | {len(losses)} |")
+
+
+if __name__ == "__main__":
+    main()

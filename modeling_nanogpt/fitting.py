@@ -1,0 +1,80 @@
+"""What fits into memory: the largest micro-batch, and what to say when one did not fit."""
+
+import gc
+from collections.abc import Callable
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils.memory import should_reduce_batch_size
+from transformers import PreTrainedModel
+
+
+def check_shares(micro_batches: int, windows: int, automatic: bool, accelerator: Accelerator) -> None:
+    """Raise ValueError where the processes cannot share out a step: `windows` in all, in so many micro-batches."""
+    processes = accelerator.num_processes
+    if automatic and accelerator.device.type != "cuda":
+        raise ValueError("auto_batch_size needs a GPU: elsewhere too large a batch may bring down the system")
+    if (windows if automatic else micro_batches) % processes:
+        raise ValueError(
+            f"gradient_accumulation_steps={micro_batches} counts the micro-batches of all processes: it must be "
+            f"divisible by their number, {processes}"
+        )
+
+
+def largest_batch_size(model: PreTrainedModel, windows: int, accelerator: Accelerator) -> int:
+    """The largest divisor of `windows` that fits into memory as a micro-batch, on every process.
+
+    It is tried out: a forward and backward pass on each, with room for AdamW's two moments. The model is on its device
+    and not prepared yet, so that no process waits for another that has run out of memory.
+    """
+
+    def attempt(batch_size: int) -> None:
+        moments = [torch.empty_like(parameter) for parameter in model.parameters() for _ in range(2)]
+        tokens = torch.zeros(batch_size, model.config.block_size, dtype=torch.int64, device=model.device)
+        try:
+            with accelerator.autocast():
+                model(input_ids=tokens, shift_labels=tokens, skip_logits=True, use_cache=False).loss.backward()
+        finally:
+            model.zero_grad(set_to_none=True)
+            del moments
+
+    fits = largest_divisor(windows, attempt)
+    return int(accelerator.gather(torch.tensor([fits], device=model.device)).min())
+
+
+def largest_divisor(windows: int, attempt: Callable[[int], None]) -> int:
+    """The largest divisor of `windows` with which attempt(divisor) does not run out of memory; 1 if none."""
+    for batch_size in (size for size in range(windows, 0, -1) if windows % size == 0):
+        fits = try_batch_size(batch_size, attempt)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if fits:
+            return batch_size
+    return 1  # the loop's own words for it will follow
+
+
+def try_batch_size(batch_size: int, attempt: Callable[[int], None]) -> bool:
+    """Whether it fits; the exception, whose frames hold on to tensors, is gone on return."""
+    try:
+        attempt(batch_size)
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error):
+            raise
+        return False
+    return True
+
+
+def explain_out_of_memory(batch_size: int, gradient_accumulation_steps: int, gradient_checkpointing: bool) -> str:
+    """What to try: the largest smaller micro-batch that keeps the global batch, and checkpointed activations."""
+    divisors = [k for k in range(2, batch_size + 1) if batch_size % k == 0]
+    tries = []
+    if divisors:
+        k = divisors[0]
+        smaller = f"--batch_size={batch_size // k} --gradient_accumulation_steps={gradient_accumulation_steps * k}"
+        tries.append(f"{smaller} keeps the same global batch (--auto_batch_size=true finds the largest on a GPU)")
+    if not gradient_checkpointing:
+        tries.append("--gradient_checkpointing=true takes less memory for more time")
+    return f"out of memory at batch_size={batch_size}: " + (
+        "; ".join(tries) or "a smaller --block_size or model may do, or FSDP2 on several GPUs"
+    )

@@ -1,0 +1,179 @@
+"""Runs of the trainer in processes of their own, which can be killed and which meet each other over loopback.
+
+Their libraries are imported once, by a server that forks a process whenever one is asked for.
+"""
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
+from conftest import TINY, write_corpus, write_recipe
+
+import train_accelerate
+
+ROOT = Path(__file__).parent.parent
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["runs", "matplotlib.figure", "matplotlib.backends.backend_agg"])  # each save draws
+
+
+def recipe_of(folder: Path, **flags) -> Path:
+    """The tiny recipe in a file, with a text beside it."""
+    corpus = folder / "corpus.txt"
+    if not corpus.exists():
+        write_corpus(corpus)
+    return write_recipe(folder / "recipe.yaml", **{"corpus": corpus, "data_dir": folder / "data"} | TINY | flags)
+
+
+def start(recipe: Path, log: Path, *flags: str, before: tuple = (), environment: dict | None = None) -> BaseProcess:
+    """Start the trainer; what it says goes to `log`. `before` are (function, *arguments) to call in it first."""
+    path = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])  # for the server, which starts here
+    process = FORKS.Process(target=live, args=([str(recipe), *flags], str(log), before, environment or {}))
+    process.start()
+    if path is None:
+        del os.environ["PYTHONPATH"]
+    else:
+        os.environ["PYTHONPATH"] = path
+    return process
+
+
+def start_together(
+    count: int, recipe: Path, log: Path, *flags: str, before=lambda rank: (), environment: dict | None = None
+) -> list[BaseProcess]:
+    """Start `count` processes that train together, as torchrun would; what process N says goes to `log`.N."""
+    shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    shared |= {"ACCELERATE_USE_CPU": "true"} | (environment or {})
+    running = []
+    for rank in range(count):
+        ours = shared | {"RANK": rank, "LOCAL_RANK": rank}
+        running.append(start(recipe, Path(f"{log}.{rank}"), *flags, before=before(rank), environment=ours))
+    return running
+
+
+def free_port() -> int:
+    """A port on which nobody listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def live(argv: list[str], log: str, before: tuple, environment: dict) -> None:
+    """What such a process does."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ.update({key: str(value) for key, value in environment.items()})
+    torch.set_num_threads(1)
+    for function, *arguments in before:
+        function(*arguments)
+    train_accelerate.run(argv)
+
+
+def finish(*processes: BaseProcess, seconds: float = 300) -> list[int]:
+    """Wait for all, and end the others where one fails; returns their exit statuses, -N where signal N killed one."""
+    deadline = time.monotonic() + seconds
+    while any(process.exitcode is None for process in processes):
+        late = time.monotonic() > deadline
+        if late or any(process.exitcode for process in processes):
+            # a launcher would end the others at once; those that end by themselves may do so
+            for process in processes:
+                process.join(0 if late else 5)
+                process.kill()
+        time.sleep(0.01)
+    for process in processes:
+        process.join()
+    assert time.monotonic() < deadline, "a process hung"
+    return [process.exitcode for process in processes]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What may be done to a run from within
+
+
+class LoggedStream:
+    """A token stream that notes which windows are fetched: a line of offsets for each micro-batch."""
+
+    def __init__(self, stream, descriptor):
+        self.stream, self.descriptor = stream, descriptor
+
+    def __len__(self):
+        return len(self.stream)
+
+    def windows(self, offsets, targets, block_size):
+        os.write(self.descriptor, (" ".join(map(str, offsets.tolist())) + "\n").encode())
+        return self.stream.windows(offsets, targets, block_size)
+
+
+def log_windows(path: str) -> None:
+    """Note in a file the step that training begins with, and then the windows that are trained on."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    batches_of = train_accelerate.training_batches
+
+    def logged(stream, draw, step, *size):
+        os.write(descriptor, f"{step}\n".encode())
+        return batches_of(LoggedStream(stream, descriptor), draw, step, *size)
+
+    train_accelerate.training_batches = logged
+
+
+def read_windows(path: Path) -> tuple[int, list[list[int]]]:
+    """What log_windows has noted."""
+    first, *batches = path.read_text().splitlines()
+    return int(first), [[int(offset) for offset in batch.split()] for batch in batches]
+
+
+def die_at_file_operation(count: int, folder: str) -> None:
+    """SIGKILL this process before its count-th file operation below a folder: open, mkdir, rename, remove ..."""
+    left = count
+
+    def hook(event, args):
+        nonlocal left
+        if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir") and str(args[0]).startswith(folder):
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
+def at_step(step: int, function: Callable, *arguments) -> None:
+    """Call a function when training comes to a step, before its windows are looked at."""
+    seed_dropout = train_accelerate.seed_dropout
+
+    def first(seed, now, process):
+        if now == step:
+            function(*arguments)
+        seed_dropout(seed, now, process)
+
+    train_accelerate.seed_dropout = first
+
+
+def send_itself(number: int) -> None:
+    """Send a signal to this very process."""
+    os.kill(os.getpid(), number)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What `accelerate launch` would start
+
+
+def launch(configuration: str, *flags: str) -> tuple[str, dict]:
+    """How `accelerate launch` starts a script by one of our configurations: with what, and in which environment."""
+    parser = launch_command_parser()
+    path = ROOT / "hub_configs" / "accelerate" / f"{configuration}.yaml"
+    args = parser.parse_args(["--config_file", str(path), *flags, str(ROOT / "train_accelerate.py")])
+    args, _, _ = _validate_launch_command(args)
+    if not (args.use_fsdp or args.multi_gpu):
+        return "python", prepare_simple_launcher_cmd_env(args)[1]
+    environment = prepare_multi_gpu_env(args)  # fills in the options that torchrun is given, too
+    options = ("nnodes", "node_rank", "nproc_per_node", "rdzv_endpoint")
+    return "torchrun", environment | {key: vars(args).get(key) for key in options}

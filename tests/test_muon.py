@@ -1,0 +1,282 @@
+"""Muon against torch's own and against the singular values themselves, and as the one optimizer of a training run."""
+
+import copy
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import train
+from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from transformers import GPT2LMHeadModel
+
+from modeling_nanogpt import NanoGPTConfig, NanoGPTForCausalLM, muon
+from modeling_nanogpt.conversion import config_to_gpt2, weights_from_gpt2, weights_to_gpt2
+from modeling_nanogpt.optimization import adamw
+
+ROOT = Path(__file__).parent.parent
+JORDAN = ((3.4445, -4.7750, 2.0315),) * 5  # torch.optim.Muon's
+SHAPES = [(64, 64), (64, 64), (96, 24), (24, 96), (96, 24)]
+BETAS = (0.9, 0.95)
+
+
+def tiny_model(**changes) -> NanoGPTForCausalLM:
+    torch.manual_seed(0)
+    shape = {"vocab_size": 64, "block_size": 16, "n_layer": 2, "n_head": 2, "n_embd": 32}
+    return NanoGPTForCausalLM(NanoGPTConfig(**shape | changes))
+
+
+def random_gradients(*models, seed=1):
+    """The same gradient for the same parameter of each model."""
+    torch.manual_seed(seed)
+    for together in zip(*(model.parameters() for model in models), strict=True):
+        gradient = torch.randn_like(together[0])
+        for parameter in together:
+            parameter.grad = gradient.clone()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The update
+
+
+@pytest.mark.parametrize("coefficients", [muon.COEFFICIENTS, JORDAN])
+def test_orthogonalize_maps_the_singular_values_and_nothing_else(coefficients):
+    matrices = torch.randn(3, 24, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for matrix, result in zip(matrices, muon.orthogonalize(matrices, coefficients), strict=True):
+        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+        s = s / s.square().sum().sqrt()
+        for a, b, c in coefficients:
+            s = a * s + b * s**3 + c * s**5
+        torch.testing.assert_close(result, u * s @ vh, atol=1e-8, rtol=1e-8)
+
+
+def test_the_coefficients_do_what_their_comment_says():
+    s = torch.logspace(math.log10(0.002), 0, 10_000, dtype=torch.float64)
+    for a, b, c in muon.COEFFICIENTS:
+        s = a * s + b * s**3 + c * s**5
+    assert (s - 1).abs().max() < 0.34
+
+
+def test_a_zero_gradient_is_no_nan():
+    assert not muon.orthogonalize(torch.zeros(2, 3, 4), muon.COEFFICIENTS).any()
+
+
+def test_it_takes_the_steps_of_torchs_muon(monkeypatch):
+    monkeypatch.setattr(muon, "COEFFICIENTS", JORDAN)
+    monkeypatch.setattr(muon, "arithmetic_dtype", lambda device: torch.bfloat16)  # as there, on any device
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(0.02 * torch.randn(shape)) for shape in SHAPES]
+    theirs = copy.deepcopy(ours)
+    lr = 0.02
+    optimizer = muon.Muon([{"params": ours, "weight_decay": 0.1, "parts": 1}], lr, BETAS)
+    reference = torch.optim.Muon(theirs, lr=lr, weight_decay=0.1, momentum=muon.MOMENTUM)
+    for _ in range(5):
+        for one, other in zip(ours, theirs, strict=True):
+            one.grad = torch.randn_like(one)
+            other.grad = one.grad.clone()
+        optimizer.step()
+        reference.step()
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+def test_queries_keys_and_values_are_orthogonalised_one_by_one(monkeypatch):
+    monkeypatch.setattr(muon, "arithmetic_dtype", lambda device: torch.float32)
+    model = tiny_model()
+    random_gradients(model)
+    weight = model.transformer.h[1].attn.c_attn.weight
+    before = weight.detach().clone()
+    muon.muon(model, 1e-3, BETAS, weight_decay=0.0).step()
+    for part, gradient in zip((before - weight.detach()).chunk(3), weight.grad.chunk(3), strict=True):
+        expected = 1e-3 * muon.orthogonalize(gradient[None], muon.COEFFICIENTS)[0]
+        torch.testing.assert_close(part, expected, atol=1e-6, rtol=1e-4)
+
+
+def test_all_but_the_blocks_matrices_take_adamws_steps():
+    model, reference = tiny_model(bias=True), tiny_model(bias=True)
+    optimizer, plain = muon.muon(model, 1e-2, BETAS, 0.1), adamw(reference, 1e-2 * 8 / 32**0.5, BETAS, 0.1)
+    for step in range(3):
+        random_gradients(model, reference, seed=step)
+        optimizer.step()
+        plain.step()
+    expected = dict(reference.named_parameters())
+    for name, parameter in model.named_parameters():
+        same = torch.equal(parameter, expected[name])
+        assert same == (not name.startswith("transformer.h.") or parameter.ndim == 1), name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Who is in which group
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_each_parameter_is_in_one_group_once(tied):
+    model = tiny_model(bias=True, tie_word_embeddings=tied)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = [[names[id(p)] for p in group["params"]] for group in muon.muon_groups(model, 0.1)]
+    assert sorted(sum(groups, [])) == sorted(names.values())
+    fused, single, tables, vectors = groups
+    assert fused == [f"transformer.h.{layer}.attn.c_attn.weight" for layer in (0, 1)]
+    assert {name.split(".", 3)[3] for name in single} == {"attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight"}
+    assert tables == ["transformer.wte.weight", "transformer.wpe.weight"] + ["lm_head.weight"] * (not tied)
+    assert all(name.endswith("bias") or "ln_" in name for name in vectors)
+    assert [group["weight_decay"] for group in muon.muon_groups(model, 0.1)] == [0.1, 0.1, 0.1, 0.0]
+
+
+def test_frozen_parameters_stay_where_they_are():
+    model = tiny_model()
+    frozen = model.transformer.h[0].mlp.c_fc.weight.requires_grad_(False)
+    before = frozen.clone()
+    optimizer = muon.muon(model, 1e-2, BETAS, 0.1)
+    random_gradients(model)
+    optimizer.step()
+    assert torch.equal(frozen, before)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One optimizer for everything around it
+
+
+def test_it_resumes_bit_for_bit(tmp_path):
+    model = tiny_model()
+    optimizer = muon.muon(model, 1e-2, BETAS, 0.1)
+    for step in range(3):
+        random_gradients(model, seed=step)
+        optimizer.step()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "state.pt")
+    again = tiny_model()
+    resumed = muon.muon(again, 0.5, BETAS, 0.3)
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    again.load_state_dict(state["model"])
+    resumed.load_state_dict(state["optimizer"])
+    for step in range(3, 6):
+        random_gradients(model, again, seed=step)
+        optimizer.step()
+        resumed.step()
+    for one, other in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("clipped", [True, False])
+def test_a_gradient_scaler_unscales_once_and_skips_an_overflow(clipped):
+    model, reference = tiny_model(), tiny_model()
+    optimizer, plain = muon.muon(model, 1e-2, BETAS, 0.1), muon.muon(reference, 1e-2, BETAS, 0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    scaler.scale(torch.zeros(()))  # a scaler begins with the first loss
+    for step, overflows in enumerate([False, True, False]):
+        random_gradients(model, reference, seed=step)
+        for parameter in model.parameters():
+            parameter.grad *= scaler.get_scale()
+        if overflows:
+            model.transformer.h[0].mlp.c_fc.weight.grad[0, 0] = math.inf
+        else:
+            plain.step()
+        if clipped:
+            scaler.unscale_(optimizer)  # as clipping does
+        scaler.step(optimizer)
+        scaler.update()
+    for one, other in zip(model.parameters(), reference.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_a_step_found_infinite_changes_nothing(broken):
+    model = tiny_model()
+    optimizer = muon.muon(model, 1e-2, BETAS, 0.1)
+    random_gradients(model)
+    optimizer.step()
+    before = copy.deepcopy([model.state_dict(), optimizer.state_dict()["state"]])
+    random_gradients(model)
+    for parameter in model.parameters():
+        parameter.grad[..., 0] = broken
+    optimizer.found_inf = torch.ones(())
+    optimizer.step()
+    torch.testing.assert_close([model.state_dict(), optimizer.state_dict()["state"]], before, atol=0, rtol=0)
+
+
+def test_a_step_found_finite_is_the_usual_one():
+    model, reference = tiny_model(), tiny_model()
+    optimizer, plain = muon.muon(model, 1e-2, BETAS, 0.1), muon.muon(reference, 1e-2, BETAS, 0.1)
+    optimizer.found_inf = torch.zeros(())
+    for step in range(3):
+        random_gradients(model, reference, seed=step)
+        optimizer.step()
+        plain.step()
+    for one, other in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-7, rtol=1e-6)
+
+
+def test_weights_cut_up_among_processes_are_refused_by_name(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        weight = torch.nn.Parameter(distribute_tensor(torch.randn(4, 4), mesh, [Shard(0)]))
+        weight.grad = distribute_tensor(torch.randn(4, 4), mesh, [Shard(0)])
+        optimizer = muon.Muon([{"params": [weight], "weight_decay": 0.0, "parts": 1}], 1e-2, BETAS)
+        with pytest.raises(ValueError, match="optimizer=muon .* FSDP .* optimizer=adamw"):
+            optimizer.step()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+TWO_PROCESSES = """
+import torch
+from accelerate import Accelerator
+from modeling_nanogpt import NanoGPTConfig, NanoGPTForCausalLM
+from modeling_nanogpt.muon import muon
+
+accelerator = Accelerator(gradient_accumulation_steps=2)
+torch.manual_seed(0)
+model = NanoGPTForCausalLM(NanoGPTConfig(vocab_size=64, block_size=16, n_layer=2, n_head=2, n_embd=32))
+model, optimizer = accelerator.prepare(model, muon(model, 1e-2, (0.9, 0.95), 0.1))
+torch.manual_seed(accelerator.process_index)
+for _ in range(8):
+    with accelerator.accumulate(model):
+        ids = torch.randint(0, 64, (4, 16))
+        accelerator.backward(model(ids, labels=ids).loss)
+        if accelerator.sync_gradients:
+            accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+flat = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+ours, theirs = accelerator.gather(flat[None])
+assert accelerator.num_processes == 2 and torch.equal(ours, theirs) and torch.isfinite(ours).all()
+"""
+
+
+def test_two_processes_hold_the_same_weights(tmp_path):
+    (tmp_path / "two.py").write_text(TWO_PROCESSES)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run([*launch, tmp_path / "two.py"], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_run_with_muon_resumes_bit_for_bit(tmp_path):
+    flags = {"optimizer": "muon", "max_iters": 8, "save_interval": 4, "eval_tokens": 64}
+    whole = train(tmp_path, **flags)
+    expected = load_file(whole.out_dir / "model.safetensors")
+    shutil.rmtree(whole.out_dir / "checkpoints" / "step-00000008")
+    resumed = train(tmp_path, **flags, init_from="resume")
+    assert resumed.losses == whole.losses
+    weights = load_file(resumed.out_dir / "model.safetensors")
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_what_muon_trained_is_a_stock_gpt2_and_comes_back(tmp_path):
+    run = train(tmp_path, optimizer="muon", lr_schedule="linear", min_lr=0)
+    assert run.val_losses[-1] < 2.5 and run.rates[-1] == pytest.approx(1e-2 / 18)
+    model = NanoGPTForCausalLM.from_pretrained(run.out_dir).eval()
+    weights, size = model.state_dict(), model.config.vocab_size
+    stock = GPT2LMHeadModel(config_to_gpt2(model.config, size)).eval()
+    stock.load_state_dict(weights_to_gpt2(weights, size))
+    ids = torch.randint(0, size, (2, 16))
+    torch.testing.assert_close(stock(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-5)
+    back = weights_from_gpt2(stock.state_dict())
+    assert all(torch.equal(back[name], weights[name]) for name in weights)
