@@ -39,7 +39,7 @@ class TokenStream:
         if len(offsets) and (offsets + block_size < self._starts[first + 1]).all() and (targets == block_size).all():
             places = zip(first.tolist(), at.tolist(), strict=True)
             slices = [self._chunks[chunk][start : start + block_size + 1] for chunk, start in places]
-            return np.concatenate(slices).astype(np.int64).reshape(len(offsets), block_size + 1)
+            return np.concatenate(slices, dtype=np.int64).reshape(len(offsets), block_size + 1)
         windows = np.full((len(offsets), block_size + 1), NO_TARGET, dtype=np.int64)
         for window, chunk, start, count in zip(windows, first.tolist(), at.tolist(), targets.tolist(), strict=True):
             self._fill(window[: count + 1], chunk, start)
