@@ -161,5 +161,5 @@ class Muon(torch.optim.Optimizer):
 
 def muon(model: nn.Module, learning_rate: float, betas: tuple[float, float], weight_decay: float) -> Muon:
     """Muon over the blocks' matrices, and over all else AdamW, whose betas these are; fused where the device can."""
-    fused = model.device.type in ("cpu", "cuda", "mps")
+    fused = model.device.type in ("cpu", "cuda", "mps", "xpu")
     return Muon(muon_groups(model, weight_decay), learning_rate, betas, fused)

@@ -24,7 +24,7 @@ def adamw(
     model: nn.Module, learning_rate: float, betas: tuple[float, float], weight_decay: float
 ) -> torch.optim.AdamW:
     """AdamW over the decay groups, in one fused kernel where the device has one (Loshchilov & Hutter, 1711.05101)."""
-    fused = model.device.type in ("cpu", "cuda", "mps")
+    fused = model.device.type in ("cpu", "cuda", "mps", "xpu")
     return torch.optim.AdamW(decay_groups(model, weight_decay), lr=learning_rate, betas=betas, fused=fused)
 
 

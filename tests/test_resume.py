@@ -309,11 +309,20 @@ def test_a_checkpoint_whose_bytes_are_lost_is_refused_in_one_line(folder, copied
 # Flags that a run cannot change on its way
 
 OTHER = {"learning_rate": 2e-2, "weight_decay": 0.2, "beta1": 0.8, "beta2": 0.99, "grad_clip": 2.0, "seed": 7}
-OTHER |= {"decay_lr": "false", "warmup_iters": 3, "lr_decay_iters": 20, "min_lr": 1e-4, "windows": "epoch"}
+OTHER |= {
+    "optimizer": "muon",
+    "lr_schedule": "linear",
+    "decay_fraction": 0.3,
+    "warmup_iters": 3,
+    "lr_decay_iters": 20,
+    "min_lr": 1e-4,
+    "windows": "epoch",
+}
 # What may change: it shapes no step, or says where things are. The model's shape and the data are compared as such.
 FREE = {"init_from", "out_dir", "batch_size", "gradient_accumulation_steps", "max_iters"}
 FREE |= {"eval_interval", "eval_tokens", "log_interval", "always_save_checkpoint", "save_interval", "keep_checkpoints"}
 FREE |= {"max_nonfinite_steps", "report_to", "eval_only", "prepare_only"}
+FREE |= {"decay_lr"}  # it stands for lr_schedule and warmup_iters
 FREE |= {"push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy"}
 FREE |= {"dtype", "gradient_checkpointing", "auto_batch_size", "compile", "attn_implementation"}
 

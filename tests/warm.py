@@ -5,6 +5,7 @@ import resource
 import signal
 import sys
 import time
+from contextlib import suppress
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,7 +43,8 @@ class Command:
         return SimpleNamespace(returncode=self.process.exitcode, stdout=stdout, stderr=stderr)
 
     def kill(self, number: int = signal.SIGKILL) -> int:
-        os.kill(self.process.pid, number)
+        with suppress(ProcessLookupError):  # it has just ended by itself
+            os.kill(self.process.pid, number)
         self.process.join(60)
         return self.process.exitcode
 
