@@ -175,18 +175,10 @@ def start_pusher(is_main: bool, out_dir: Path, model_id: str | None, private: bo
 
     Without a model_id, out_dir's name is that of the repository.
     """
-    from accelerate.utils import broadcast_object_list  # which imports torch, and pushing needs none
+    from .launching import main_first  # which imports torch, and pushing needs none
 
-    pusher, mistakes = None, [None]
-    try:
-        if is_main:
-            pusher = Pusher(model_id or out_dir.absolute().name, out_dir, private, strategy)
-    except ValueError as mistake:
-        mistakes = [str(mistake)]
-    broadcast_object_list(mistakes)
-    if mistakes[0]:
-        raise ValueError(mistakes[0])
-    return pusher
+    name = model_id or out_dir.absolute().name
+    return main_first(lambda: Pusher(name, out_dir, private, strategy) if is_main else None)
 
 
 def fetch_run(init_from: str, model_id: str | None, out_dir: Path) -> None:
