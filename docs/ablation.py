@@ -42,7 +42,7 @@ WIDE = {
     "n_head": 4,
     "n_embd": 256,
     "dtype": "bfloat16",
-    "max_iters": 300,
+    "max_iters": 200,
     "eval_tokens": 50_000,
 }
 
@@ -115,10 +115,39 @@ def constant(name, value):
     return lambda: setattr(muon, name, value)
 
 
-def one_matrix():
+def around_groups(change):
+    """A patch that changes each of Muon's parameter groups."""
+
+    def patch():
+        groups = muon.muon_groups
+        muon.muon_groups = lambda *args: [change(group) for group in groups(*args)]
+
+    return patch
+
+
+def one_matrix(group):
     """q, k and v orthogonalised together, as the one matrix in which they lie."""
-    groups = muon.muon_groups
-    muon.muon_groups = lambda *args: [g | {"parts": min(g["parts"], 1)} for g in groups(*args)]
+    return group | {"parts": min(group["parts"], 1)}
+
+
+def embeddings_stay(group):
+    """No weight decay of embeddings and head."""
+    return group if group["parts"] else group | {"weight_decay": 0.0}
+
+
+def initial_size(std):
+    """A patch that draws initial weights of another standard deviation."""
+
+    def patch():
+        init_weights = NanoGPTPreTrainedModel._init_weights
+
+        def patched(self, module):
+            self.config.initializer_range = std
+            init_weights(self, module)
+
+        NanoGPTPreTrainedModel._init_weights = patched
+
+    return patch
 
 
 def core_time():
@@ -135,6 +164,7 @@ CHANGES = {
     "learning_rate 0.01": {"learning_rate": 0.01},
     "learning_rate 0.02": {"learning_rate": 0.02},
     "learning_rate 0.04": {"learning_rate": 0.04},
+    "learning_rate 0.06": {"learning_rate": 0.06},
     "AdamW at twice the rate": {"patch": constant("ADAMW_RATE", 16.0)},
     "AdamW at half the rate": {"patch": constant("ADAMW_RATE", 4.0)},
     "cosine to zero": {"lr_schedule": "cosine"},
@@ -150,16 +180,29 @@ CHANGES = {
     "three iterations": {"patch": constant("COEFFICIENTS", THREE)},
     "Jordan's five": {"patch": constant("COEFFICIENTS", JORDAN)},
     "momentum 0.9": {"patch": constant("MOMENTUM", 0.9)},
+    "momentum 0.98": {"patch": constant("MOMENTUM", 0.98)},
     "momentum warmup": {"patch": momentum_warmup(100)},
     "cautious decay": {"patch": around_step(cautious_decay)},
     "row norms": {"patch": around_step(row_norms)},
     "zero projections": {"patch": zero_projections},
-    "q, k and v as one": {"patch": one_matrix},
+    "initial weights of 0.01": {"patch": initial_size(0.01)},
+    "initial weights of 0.04": {"patch": initial_size(0.04)},
+    "initial weights of 0.08": {"patch": initial_size(0.08)},
+    "q, k and v as one": {"patch": around_groups(one_matrix)},
+    "embeddings without decay": {"patch": around_groups(embeddings_stay)},
+    "steps of sqrt(rows / columns)": {"patch": constant("max", lambda one, ratio: ratio)},
+    "epoch windows": {"windows": "epoch"},
 }
 WIDTHS = {
-    f"n_embd {width}, AdamW at {rate:g}": {"n_embd": width, "patch": constant("ADAMW_RATE", rate / 0.03 * width**0.5)}
-    for width in (64, 128, 256)
-    for rate in (8e-3, 16e-3, 32e-3)
+    f"{width} wide, learning_rate {rate}{said}": {"n_embd": width, "learning_rate": rate, **patch}
+    for width in (64, 256, 512)
+    for rate, said, patch in (
+        (0.015, "", {}),
+        (0.03, "", {}),
+        (0.06, "", {}),
+        (0.03, ", AdamW at half the rate", CHANGES["AdamW at half the rate"]),
+        (0.03, ", AdamW at twice the rate", CHANGES["AdamW at twice the rate"]),
+    )
 }
 RECIPES = {
     "nanoGPT's": {"eval_interval": 100},
@@ -167,8 +210,8 @@ RECIPES = {
     "fast, 450 steps": FAST | {"max_iters": 450, "eval_interval": 150},
 }
 STUDIES = {
-    "cpu": (FAST | CPU | {"max_iters": 200}, CHANGES),
-    "widths": (FAST | CPU | {"max_iters": 200}, WIDTHS),
+    "cpu": (FAST | CPU | {"max_iters": 450}, CHANGES),
+    "widths": (FAST | CPU | {"max_iters": 300, "dtype": "bfloat16"}, WIDTHS),
     "wide": (WIDE | FAST, CHANGES),
     "recipes": (CPU, RECIPES),
     "speed": (
