@@ -77,11 +77,12 @@ class RunArguments:
     gradient_accumulation_steps: int = knob(40, "micro-batches in an optimizer step, over all processes together")
     # optimizer
     optimizer: Literal["adamw", "muon"] = knob("adamw", "of the blocks' matrices; all else is AdamW's")
-    learning_rate: float = knob(6e-4, "the highest learning rate")
+    learning_rate: float = knob(6e-4, "the highest; muon gives all but matrices 8 / sqrt(n_embd) times as much")
     max_iters: int = knob(600_000, "optimizer steps in all")
     weight_decay: float = knob(0.1, "of matrices and embeddings")
-    beta1: float = knob(0.9, "decay of the mean of gradients")
-    beta2: float = knob(0.95, "decay of the mean of their squares")
+    beta1: float = knob(0.9, "of adamw: decay of the mean of gradients")
+    beta2: float = knob(0.95, "of adamw: decay of the mean of their squares")
+    momentum: float = knob(0.95, "of muon: decay of the mean of gradients")
     grad_clip: float = knob(1.0, "largest norm of the gradient; 0 clips nothing")
     # learning rate
     lr_schedule: Literal["cosine", "linear", "wsd", "constant"] = knob("cosine", "after warmup; wsd: late and linear")
@@ -122,7 +123,7 @@ class RunArguments:
         self.save_interval = self.eval_interval if self.save_interval is None else self.save_interval
         counts = ["batch_size", "gradient_accumulation_steps", "max_iters", "eval_interval", "log_interval"]
         counts += ["save_interval", "keep_checkpoints", "max_nonfinite_steps"]
-        below = {"beta1": 1, "beta2": 1, "decay_fraction": 1, "seed": 2**32}
+        below = {"beta1": 1, "beta2": 1, "momentum": 1, "decay_fraction": 1, "seed": 2**32}
         for name, value in vars(self).items():
             least, limit = int(name in counts), below.get(name, math.inf)
             if isinstance(value, int | float) and not least <= value < limit:  # which nan is not, either
@@ -131,7 +132,7 @@ class RunArguments:
 
 SCHEDULE = ("learning_rate", "min_lr", "warmup_iters", "lr_decay_iters", "lr_schedule", "decay_fraction")
 # Flags that shape what is learned, the model's and the data's aside: a resumed run must have the same.
-SHAPING = (*SCHEDULE, "optimizer", "weight_decay", "beta1", "beta2", "grad_clip", "seed", "windows")
+SHAPING = (*SCHEDULE, "optimizer", "weight_decay", "beta1", "beta2", "momentum", "grad_clip", "seed", "windows")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Functions of their arguments alone. A mistake of the user's is a ValueError, in one line.
@@ -280,8 +281,8 @@ def main(argv: list[str]) -> None:
 
     # -----------------------------------------------------------------------------------------------------------------
     # Optimizer, compile, prepare
-    betas = (run_args.beta1, run_args.beta2)
-    optimizer = make_optimizer(run_args.optimizer, model, run_args.learning_rate, betas, run_args.weight_decay)
+    settings = (run_args.learning_rate, (run_args.beta1, run_args.beta2), run_args.weight_decay)
+    optimizer = make_optimizer(run_args.optimizer, model, *settings, momentum=run_args.momentum)
     if run_args.compile:
         model.compile(dynamic=False)  # in place: no wrapper, no prefix in the names of the weights
     parameters = model.num_parameters()

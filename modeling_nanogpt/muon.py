@@ -18,7 +18,6 @@ COEFFICIENTS = (
     (3.6936, -2.7094, 0.5186),
     (2.7900, -2.0467, 0.4465),
 )
-MOMENTUM = 0.95
 ADAMW_RATE = 8.0  # AdamW learns at the learning rate times that over sqrt(n_embd): found best from 64 to 256 wide
 
 
@@ -79,9 +78,9 @@ def muon_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 class Muon(torch.optim.Optimizer):
     """Muon for the groups whose `parts` is not 0, AdamW for the others; decay is decoupled in both.
 
-    With momentum M <- 0.95 M + 0.05 G, a matrix (rows, columns) takes, at the learning rate lr, the step
+    With momentum m and M <- m M + (1 - m) G, a matrix (rows, columns) takes, at the learning rate lr, the step
 
-        W <- (1 - lr decay) W - lr sqrt(max(1, rows / columns)) orthogonalize(0.05 G + 0.95 M)
+        W <- (1 - lr decay) W - lr sqrt(max(1, rows / columns)) orthogonalize(m M + (1 - m) G)
 
     as torch.optim.Muon does; lr is the group's times its `rate`. One optimizer rather than one of each: a gradient
     scaler would unscale and skip each by itself. As in fused AdamW, a tensor `found_inf` of 1.0 makes a step one that
@@ -89,8 +88,10 @@ class Muon(torch.optim.Optimizer):
     ValueError.
     """
 
-    def __init__(self, groups: list[dict], lr: float, betas: tuple[float, float], fused: bool = False):
-        defaults = {"lr": lr, "rate": 1.0, "betas": betas, "eps": 1e-8, "fused": fused, "momentum": MOMENTUM}
+    def __init__(
+        self, groups: list[dict], lr: float, betas: tuple[float, float], momentum: float, fused: bool = False
+    ):
+        defaults = {"lr": lr, "rate": 1.0, "betas": betas, "eps": 1e-8, "fused": fused, "momentum": momentum}
         super().__init__(groups, defaults)
 
     @torch.no_grad()
@@ -159,7 +160,9 @@ class Muon(torch.optim.Optimizer):
         adamw(params, gradients, means, squares, [], steps, **options)
 
 
-def muon(model: nn.Module, learning_rate: float, betas: tuple[float, float], weight_decay: float) -> Muon:
+def muon(
+    model: nn.Module, learning_rate: float, betas: tuple[float, float], weight_decay: float, momentum: float = 0.95
+) -> Muon:
     """Muon over the blocks' matrices, and over all else AdamW, whose betas these are; fused where the device can."""
     fused = model.device.type in ("cpu", "cuda", "mps", "xpu")
-    return Muon(muon_groups(model, weight_decay), learning_rate, betas, fused)
+    return Muon(muon_groups(model, weight_decay), learning_rate, betas, momentum, fused)

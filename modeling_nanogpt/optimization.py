@@ -28,9 +28,9 @@ def adamw(
     return torch.optim.AdamW(decay_groups(model, weight_decay), lr=learning_rate, betas=betas, fused=fused)
 
 
-def make_optimizer(name: str, model: nn.Module, *settings) -> torch.optim.Optimizer:
-    """adamw or muon, by that name, over the model's parameters; the settings are theirs."""
-    return {"adamw": adamw, "muon": muon}[name](model, *settings)
+def make_optimizer(name: str, model: nn.Module, *settings, momentum: float) -> torch.optim.Optimizer:
+    """adamw or muon, by that name, over the model's parameters; the settings are theirs, momentum is Muon's."""
+    return muon(model, *settings, momentum) if name == "muon" else adamw(model, *settings)
 
 
 def learning_rate_at(

@@ -67,15 +67,16 @@ def test_a_zero_gradient_is_no_nan():
     assert not muon.orthogonalize(torch.zeros(2, 3, 4), muon.COEFFICIENTS).any()
 
 
-def test_it_takes_the_steps_of_torchs_muon(monkeypatch):
+@pytest.mark.parametrize("momentum", [0.9, 0.95])
+def test_it_takes_the_steps_of_torchs_muon(monkeypatch, momentum):
     monkeypatch.setattr(muon, "COEFFICIENTS", JORDAN)
     monkeypatch.setattr(muon, "arithmetic_dtype", lambda device: torch.bfloat16)  # as there, on any device
     torch.manual_seed(0)
     ours = [torch.nn.Parameter(0.02 * torch.randn(shape)) for shape in SHAPES]
     theirs = copy.deepcopy(ours)
     lr = 0.02
-    optimizer = muon.Muon([{"params": ours, "weight_decay": 0.1, "parts": 1}], lr, BETAS)
-    reference = torch.optim.Muon(theirs, lr=lr, weight_decay=0.1, momentum=muon.MOMENTUM)
+    optimizer = muon.Muon([{"params": ours, "weight_decay": 0.1, "parts": 1}], lr, BETAS, momentum)
+    reference = torch.optim.Muon(theirs, lr=lr, weight_decay=0.1, momentum=momentum)
     for _ in range(5):
         for one, other in zip(ours, theirs, strict=True):
             one.grad = torch.randn_like(one)
@@ -218,7 +219,7 @@ def test_weights_cut_up_among_processes_are_refused_by_name(tmp_path):
         mesh = init_device_mesh("cpu", (1,))
         weight = torch.nn.Parameter(distribute_tensor(torch.randn(4, 4), mesh, [Shard(0)]))
         weight.grad = distribute_tensor(torch.randn(4, 4), mesh, [Shard(0)])
-        optimizer = muon.Muon([{"params": [weight], "weight_decay": 0.0, "parts": 1}], 1e-2, BETAS)
+        optimizer = muon.Muon([{"params": [weight], "weight_decay": 0.0, "parts": 1}], 1e-2, BETAS, 0.95)
         with pytest.raises(ValueError, match="optimizer=muon .* FSDP .* optimizer=adamw"):
             optimizer.step()
     finally:

@@ -311,6 +311,7 @@ def test_a_checkpoint_whose_bytes_are_lost_is_refused_in_one_line(folder, copied
 OTHER = {"learning_rate": 2e-2, "weight_decay": 0.2, "beta1": 0.8, "beta2": 0.99, "grad_clip": 2.0, "seed": 7}
 OTHER |= {
     "optimizer": "muon",
+    "momentum": 0.9,
     "lr_schedule": "linear",
     "decay_fraction": 0.3,
     "warmup_iters": 3,

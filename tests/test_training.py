@@ -104,7 +104,7 @@ def test_accumulated_micro_batches_equal_one_batch(run, tmp_path, batch_size, mi
 
 def test_every_target_of_a_step_counts_the_same_however_short_its_window(tmp_path, monkeypatch):
     # A step of plain gradient descent over two epochs, a short window in each, beside one gradient of all in float64.
-    descend = lambda name, model, lr, *rest: torch.optim.SGD(model.parameters(), lr, fused=True)  # noqa: E731
+    descend = lambda name, model, lr, *rest, **more: torch.optim.SGD(model.parameters(), lr, fused=True)  # noqa: E731
     monkeypatch.setattr(train_accelerate, "make_optimizer", descend)
     flags = {"windows": "epoch", "max_iters": 1, "eval_interval": 1, "grad_clip": 0, "decay_lr": False}
     flags |= {"dtype": "float32", "learning_rate": 1.0, "block_size": 101, "dropout": 0.0}
