@@ -33,8 +33,11 @@ FAST = {
     "lr_schedule": "linear",
     "min_lr": 0,
     "warmup_iters": 0,
+    "beta1": 0.8,
+    "momentum": 0.9,
     "eval_interval": 1_000_000,  # at the end only
 }
+FIRST = FAST | {"beta1": 0.9, "momentum": 0.95}  # as it was when the changes below were tried, of which it took these
 CPU = {"recipe": "hub_configs/shakespeare_char_cpu.yaml"}
 WIDE = {
     "recipe": "hub_configs/quickstart.yaml",
@@ -159,6 +162,7 @@ THREE = ((8.2186, -23.72, 17.2185), (3.8835, -2.8413, 0.5331), (3.1681, -2.3329,
 JORDAN = ((3.4445, -4.7750, 2.0315),) * 5
 CHANGES = {
     "base": {},
+    "AdamW at 2e-3": {"optimizer": "adamw", "warmup_iters": 50, "learning_rate": 2e-3},
     "AdamW at 4e-3": {"optimizer": "adamw", "warmup_iters": 50, "learning_rate": 4e-3},
     "AdamW at 8e-3": {"optimizer": "adamw", "warmup_iters": 50, "learning_rate": 8e-3},
     "learning_rate 0.01": {"learning_rate": 0.01},
@@ -213,13 +217,15 @@ WIDTHS = {
 }
 RECIPES = {
     "nanoGPT's": {"eval_interval": 100},
-    "fast": FAST | {"eval_interval": 400},
-    "fast, 450 steps": FAST | {"max_iters": 450, "eval_interval": 150},
+    "fast": FAST | {"eval_interval": 200},
+    "fast, 450 steps": FAST | {"max_iters": 450, "eval_interval": 50},
+    "fast, momentum 0.95": FAST | {"eval_interval": 400, "momentum": 0.95},
+    "fast, beta1 0.9, momentum 0.95": FIRST | {"eval_interval": 400},
 }
 STUDIES = {
-    "cpu": (FAST | CPU | {"max_iters": 450}, CHANGES),
+    "cpu": (FIRST | CPU | {"max_iters": 450}, CHANGES),
     "widths": (FAST | CPU | {"max_iters": 300, "dtype": "bfloat16"}, WIDTHS),
-    "wide": (WIDE | FAST, CHANGES),
+    "wide": (WIDE | FIRST, CHANGES),
     "recipes": (CPU, RECIPES),
     "speed": (
         CPU | {"eval_interval": 1_000_000, "max_iters": 100, "patch": core_time},
@@ -260,6 +266,31 @@ def train(job: tuple) -> dict:
     }
 
 
+def mean_and_deviation(numbers: list[float]) -> tuple[float, float]:
+    """The mean, and the deviation of a single number."""
+    return statistics.mean(numbers), statistics.stdev(numbers) if len(numbers) > 1 else math.nan
+
+
+def show(study: str, done: list[dict]) -> None:
+    """Print a table of last losses; beside each its difference from `base`, seed by seed, and the mean's own error."""
+    losses = {variant: {} for variant in STUDIES[study][1]}
+    for run in done:
+        if run["study"] == study and run["variant"] in losses:
+            losses[run["variant"]][run["seed"]] = run["val_losses"][-1][1]
+    print(f"\n| {study} | loss | deviation | seeds | less base | its error |\n| --- | --- | --- | --- | --- | --- |")
+    for variant, by_seed in losses.items():
+        if not by_seed:
+            continue
+        mean, deviation = mean_and_deviation(list(by_seed.values()))
+        line = f"| {variant} | {mean:.4f} | {deviation:.4f} | {len(by_seed)} |"
+        base = losses.get("base", {})
+        differences = [loss - base[seed] for seed, loss in by_seed.items() if seed in base]
+        if differences and variant != "base":
+            mean, deviation = mean_and_deviation(differences)
+            line += f" {mean:+.4f} | {deviation / math.sqrt(len(differences)):.4f} |"
+        print(line)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", type=Path)
@@ -283,13 +314,8 @@ def main() -> None:
                 with args.runs.open("a") as file:
                     file.write(json.dumps(run) + "\n")
                 done.append(run)
-    for study, (_, variants) in STUDIES.items():
-        print(f"\n| {study} | loss | deviation | seeds |\n| --- | --- | --- | --- |")
-        for variant in variants:
-            losses = [run["val_losses"][-1][1] for run in done if (run["study"], run["variant"]) == (study, variant)]
-            if losses:
-                deviation = statistics.stdev(losses) if len(losses) > 1 else math.nan
-                print(f"| {variant} | {statistics.mean(losses):.4f} | {deviation:.4f} | {len(losses)} |")
+    for study in STUDIES:
+        show(study, done)
 
 
 if __name__ == "__main__":
