@@ -153,11 +153,6 @@ def initial_size(std):
     return patch
 
 
-def core_time():
-    """The run's clock is the time of its own core, whatever else the machine does."""
-    train_accelerate.time.perf_counter = train_accelerate.time.process_time
-
-
 THREE = ((8.2186, -23.72, 17.2185), (3.8835, -2.8413, 0.5331), (3.1681, -2.3329, 0.4775))  # from 0.005
 JORDAN = ((3.4445, -4.7750, 2.0315),) * 5
 CHANGES = {
@@ -220,17 +215,12 @@ RECIPES = {
     "fast": FAST | {"eval_interval": 200},
     "fast, 450 steps": FAST | {"max_iters": 450, "eval_interval": 50},
     "fast, momentum 0.95": FAST | {"eval_interval": 400, "momentum": 0.95},
-    "fast, beta1 0.9, momentum 0.95": FIRST | {"eval_interval": 400},
 }
 STUDIES = {
     "cpu": (FIRST | CPU | {"max_iters": 450}, CHANGES),
     "widths": (FAST | CPU | {"max_iters": 300, "dtype": "bfloat16"}, WIDTHS),
     "wide": (WIDE | FIRST, CHANGES),
     "recipes": (CPU, RECIPES),
-    "speed": (
-        CPU | {"eval_interval": 1_000_000, "max_iters": 100, "patch": core_time},
-        {"nanoGPT's": {}, "fast": FAST},
-    ),
 }
 
 
