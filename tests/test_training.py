@@ -76,6 +76,12 @@ def test_muon_accumulates_as_one_batch(tmp_path, monkeypatch):
     assert whole.losses != train(tmp_path, max_iters=6).losses
 
 
+@pytest.mark.parametrize("knob", ["beta1", "momentum"])
+def test_muons_run_hears_the_flag(tmp_path, knob):
+    flags = {"optimizer": "muon", "max_iters": 3}
+    assert train(tmp_path, **flags).losses != train(tmp_path, **flags, **{knob: 0.5}).losses
+
+
 def test_the_last_evaluation_is_always_there(tmp_path):
     run = train(tmp_path, max_iters=7, eval_interval=5)
     assert [entry["step"] for entry in run.history if "val_loss" in entry] == [0, 5, 7]
