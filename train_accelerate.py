@@ -77,7 +77,7 @@ class RunArguments:
     gradient_accumulation_steps: int = knob(40, "micro-batches in an optimizer step, over all processes together")
     # optimizer
     optimizer: Literal["adamw", "muon"] = knob("adamw", "of the blocks' matrices; all else is AdamW's")
-    learning_rate: float = knob(6e-4, "the highest; muon gives all but matrices 8 / sqrt(n_embd) times as much")
+    learning_rate: float = knob(6e-4, "the highest; muon gives all but matrices 100 / n_embd of it")
     max_iters: int = knob(600_000, "optimizer steps in all")
     weight_decay: float = knob(0.1, "of matrices and embeddings")
     beta1: float = knob(0.9, "of adamw: decay of the mean of gradients")

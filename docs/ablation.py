@@ -37,7 +37,8 @@ FAST = {
     "momentum": 0.9,
     "eval_interval": 1_000_000,  # at the end only
 }
-FIRST = FAST | {"beta1": 0.9, "momentum": 0.95}  # as it was when the changes below were tried, of which it took these
+# As it was when the changes below were tried, which it took these from; AdamW's rate was 8 / sqrt(n_embd) of Muon's.
+FIRST = FAST | {"beta1": 0.9, "momentum": 0.95}
 CPU = {"recipe": "hub_configs/shakespeare_char_cpu.yaml"}
 WIDE = {
     "recipe": "hub_configs/quickstart.yaml",
@@ -164,8 +165,8 @@ CHANGES = {
     "learning_rate 0.02": {"learning_rate": 0.02},
     "learning_rate 0.04": {"learning_rate": 0.04},
     "learning_rate 0.06": {"learning_rate": 0.06},
-    "AdamW at twice the rate": {"patch": constant("ADAMW_RATE", 16.0)},
-    "AdamW at half the rate": {"patch": constant("ADAMW_RATE", 4.0)},
+    "AdamW at twice the rate": {"adamw_times": 2},
+    "AdamW at half the rate": {"adamw_times": 0.5},
     "cosine to zero": {"lr_schedule": "cosine"},
     "linear to a tenth": {"min_lr": 0.003},
     "wsd, decay_fraction 0.4": {"lr_schedule": "wsd"},
@@ -200,26 +201,27 @@ CHANGES = {
     "epoch windows": {"windows": "epoch"},
 }
 WIDTHS = {
-    f"{width} wide, learning_rate {rate}{said}": {"n_embd": width, "learning_rate": rate, **patch}
+    f"{width} wide, learning_rate {rate}{said}": {"n_embd": width, "learning_rate": rate, "adamw_times": times}
     for width in (64, 256, 512)
-    for rate, said, patch in (
-        (0.015, "", {}),
-        (0.03, "", {}),
-        (0.06, "", {}),
-        (0.03, ", AdamW at half the rate", CHANGES["AdamW at half the rate"]),
-        (0.03, ", AdamW at twice the rate", CHANGES["AdamW at twice the rate"]),
+    for rate, said, times in (
+        (0.015, "", 1),
+        (0.03, "", 1),
+        (0.06, "", 1),
+        (0.03, ", AdamW at half the rate", 0.5),
+        (0.03, ", AdamW at twice the rate", 2),
     )
 }
 RECIPES = {
     "nanoGPT's": {"eval_interval": 100},
     "fast": FAST | {"eval_interval": 200},
     "fast, 450 steps": FAST | {"max_iters": 450, "eval_interval": 50},
-    "fast, momentum 0.95": FAST | {"eval_interval": 400, "momentum": 0.95},
+    "fast, AdamW at 8 / sqrt(n_embd)": FAST | {"eval_interval": 200, "adamw_rate": 8 * 128**0.5},
+    "the same, momentum 0.95": FAST | {"eval_interval": 400, "adamw_rate": 8 * 128**0.5, "momentum": 0.95},
 }
 STUDIES = {
-    "cpu": (FIRST | CPU | {"max_iters": 450}, CHANGES),
+    "cpu": (FIRST | CPU | {"max_iters": 450, "adamw_rate": 8 * 128**0.5}, CHANGES),
     "widths": (FAST | CPU | {"max_iters": 300, "dtype": "bfloat16"}, WIDTHS),
-    "wide": (WIDE | FIRST, CHANGES),
+    "wide": (WIDE | FIRST | {"adamw_rate": 8 * 256**0.5}, CHANGES),
     "recipes": (CPU, RECIPES),
 }
 
@@ -234,6 +236,7 @@ def train(job: tuple) -> dict:
     torch.set_num_threads(threads)
     base, variants = STUDIES[study]
     flags = base | variants[variant] | common | {"seed": seed}
+    muon.ADAMW_RATE = flags.pop("adamw_rate", muon.ADAMW_RATE) * flags.pop("adamw_times", 1)
     flags.pop("patch", lambda: None)()
     evaluate, calls = train_accelerate.evaluate, itertools.count()
     # the loop evaluates val, then train; of these only val after the start is looked at here

@@ -18,7 +18,7 @@ COEFFICIENTS = (
     (3.6936, -2.7094, 0.5186),
     (2.7900, -2.0467, 0.4465),
 )
-ADAMW_RATE = 8.0  # AdamW learns at the learning rate times that over sqrt(n_embd): found best from 64 to 256 wide
+ADAMW_RATE = 100.0  # AdamW learns at the learning rate times that over n_embd (docs/fast_recipe.md)
 
 
 @functools.cache
@@ -58,10 +58,11 @@ def muon_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Parameter groups: the blocks' matrices; then, for AdamW, embeddings and head, which decay, and all vectors.
 
     `parts` is the number of matrices in a weight, 0 for AdamW: the fused projection to q, k and v is three matrices.
-    `rate` times the learning rate is that of the group: 1 for matrices, whose steps have the same norm at any width,
-    and for AdamW, whose steps have it in each number, less the wider the model is.
+    `rate` times the learning rate is that of the group: 1 for matrices, whose steps have the same norm at any width.
+    AdamW's have the same size in each number, and a logit is a sum of n_embd of them: so its rate falls as 1 / n_embd
+    (Yang et al., "Tensor Programs V", 2203.03466).
     """
-    of_adamw = {"parts": 0, "rate": ADAMW_RATE / math.sqrt(model.config.n_embd)}
+    of_adamw = {"parts": 0, "rate": ADAMW_RATE / model.config.n_embd}
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     matrices = {name: p for name, p in named.items() if name.startswith("transformer.h.") and p.ndim == 2}
     fused = [p for name, p in matrices.items() if name.endswith(".c_attn.weight")]

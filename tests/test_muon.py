@@ -101,7 +101,7 @@ def test_queries_keys_and_values_are_orthogonalised_one_by_one(monkeypatch):
 
 def test_all_but_the_blocks_matrices_take_adamws_steps():
     model, reference = tiny_model(bias=True), tiny_model(bias=True)
-    optimizer, plain = muon.muon(model, 1e-2, BETAS, 0.1), adamw(reference, 1e-2 * 8 / 32**0.5, BETAS, 0.1)
+    optimizer, plain = muon.muon(model, 1e-2, BETAS, 0.1), adamw(reference, 1e-2 * 100 / 32, BETAS, 0.1)
     for step in range(3):
         random_gradients(model, reference, seed=step)
         optimizer.step()
