@@ -209,6 +209,7 @@ WIDTHS = {
         (0.06, "", 1),
         (0.03, ", AdamW at half the rate", 0.5),
         (0.03, ", AdamW at twice the rate", 2),
+        (0.03, ", AdamW at 8 / sqrt(n_embd)", 0.08 * width**0.5),
     )
 }
 RECIPES = {
