@@ -169,7 +169,8 @@ def test_the_readme_lists_every_recipe_with_its_size():
 def test_a_fast_recipe_has_another_optimizer_for_the_same_model_and_data(name):
     fast, plain = vars(resolve(shipped(name))), vars(resolve(shipped(name.removesuffix("_fast"))))
     changed = {key for key in fast if fast[key] != plain[key]} - {"out_dir", "max_iters", "lr_decay_iters"}
-    assert changed - {"beta1", "momentum"} == {"optimizer", "learning_rate", "lr_schedule", "min_lr", "warmup_iters"}
+    measured = set() if name.startswith("openwebtext") else {"beta1", "momentum"}  # on small steps alone
+    assert changed == {"optimizer", "learning_rate", "lr_schedule", "min_lr", "warmup_iters"} | measured
     assert (fast["optimizer"], plain["optimizer"]) == ("muon", "adamw")
 
 
