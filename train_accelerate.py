@@ -273,7 +273,8 @@ def main(argv: list[str]) -> None:
     know_tokens(model, len(tokenizer), tokenizer.eos_token_id)
     model.set_attn_implementation(run_args.attn_implementation)
     if run_args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers has renamed the method; the floor knows the former name alone
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     model.to(device).train()
     if run_args.auto_batch_size:
         run_args.batch_size = largest_batch_size(model, windows // processes, accelerator)
