@@ -44,7 +44,7 @@ def resolve_cache(cache, past_key_values, kwargs: dict) -> tuple[Cache | None, d
         raise ValueError("give the key/value cache once: either as cache or as past_key_values")
     cache = past_key_values if cache is None else cache
     if isinstance(cache, tuple | list):
-        raise ValueError(f"the key/value cache is a {type(cache).__name__}: give a transformers Cache, as DynamicCache()")
+        raise ValueError(f"the cache is a {type(cache).__name__}: give a transformers Cache, as DynamicCache()")
     for name, value in kwargs.items():
         changes_attention = "mask" in name or "past" in name or name.startswith("encoder_")
         if value is not None and (changes_attention or isinstance(value, Cache)):

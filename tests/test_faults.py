@@ -18,8 +18,6 @@ import pytest
 import torch
 from accelerate import tracking
 from accelerate.tracking import GeneralTracker, get_available_trackers, register_tracker_class
-from conftest import TINY, train
-from runs import FORKS, at_step, finish, log_windows, recipe_of, send_itself, start
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -27,6 +25,8 @@ import train_accelerate
 from modeling_nanogpt import NanoGPTForCausalLM
 from modeling_nanogpt.checkpointing import TENSORS, list_checkpoints, newest_complete
 from modeling_nanogpt.fitting import explain_out_of_memory, largest_divisor
+from support.runs import FORKS, at_step, finish, log_windows, recipe_of, send_itself, start
+from support.tiny_run import TINY, train
 from tokenization.windows import open_stream, training_windows
 
 FLAGS = {"max_iters": 12, "lr_decay_iters": 12, "eval_interval": 4, "save_interval": 2, "eval_tokens": 64}

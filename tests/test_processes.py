@@ -15,7 +15,6 @@ import pytest
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
-from runs import ROOT, finish, free_port, launch, log_windows, read_windows, recipe_of, start, start_together
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
@@ -23,6 +22,8 @@ from transformers import AutoModelForCausalLM
 import train_accelerate
 from modeling_nanogpt import checkpointing
 from modeling_nanogpt.checkpointing import list_checkpoints, newest_complete
+from support import ROOT
+from support.runs import finish, free_port, launch, log_windows, read_windows, recipe_of, start, start_together
 from tokenization.windows import open_stream, training_windows
 
 STEPS = 50
@@ -193,7 +194,8 @@ def test_a_signal_stops_all_processes_after_the_same_step(folder, two, tmp_path,
     if to == "launcher":
         script = tmp_path / "script.py"
         script.write_text(
-            "import os, sys, runs, train_accelerate\n"
+            "import os, sys, train_accelerate\n"
+            "from support import runs\n"
             f"runs.log_windows('{tmp_path}/windows.' + os.environ['RANK'])\n"
             "train_accelerate.run(sys.argv[1:])\n"
         )

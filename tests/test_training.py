@@ -6,13 +6,11 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from accelerate.utils import set_seed
-from conftest import TINY, train, write_corpus, write_recipe
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -20,9 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import train_accelerate
 from modeling_nanogpt import NanoGPTForCausalLM, muon
 from modeling_nanogpt.optimization import learning_rate_at
+from support import ROOT
+from support.texts import write_words
+from support.tiny_run import TINY, train, write_recipe
 from tokenization.windows import open_stream, training_windows
-
-ROOT = Path(__file__).parent.parent
 
 
 def test_out_dir_is_a_whole_model_repository(run):
@@ -156,7 +155,7 @@ def test_two_processes_train_on_the_same_windows(tmp_path):
 
 def test_accelerate_launch_runs_the_command_of_the_readme(tmp_path):
     recipe = write_recipe(
-        tmp_path / "tiny.yaml", corpus=write_corpus(tmp_path / "corpus.txt"), **TINY | {"max_iters": 3}
+        tmp_path / "tiny.yaml", corpus=write_words(tmp_path / "corpus.txt"), **TINY | {"max_iters": 3}
     )
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1"]
     command = [*launch, ROOT / "train_accelerate.py", recipe, "--max_iters=2"]

@@ -13,13 +13,23 @@ import tempfile
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script, it finds `support` there
+
 import torch
-from runs import die_at_file_operation, finish, log_windows, read_windows, recipe_of, start, start_together
 from safetensors.torch import load_file
 from transformers.utils.logging import disable_progress_bar
 
 from modeling_nanogpt import NanoGPTForCausalLM
 from modeling_nanogpt.checkpointing import list_checkpoints
+from support.runs import (
+    die_at_file_operation,
+    finish,
+    log_windows,
+    read_windows,
+    recipe_of,
+    start,
+    start_together,
+)
 from tokenization.windows import open_stream, training_windows
 
 STEPS, WINDOWS, SEED = 12, 8, 1337
