@@ -8,7 +8,7 @@ from .checkpointing import TrainState, list_checkpoints, newest_complete, read_c
 from .configuration_nanogpt import NanoGPTConfig
 from .modeling_nanogpt import NanoGPTForCausalLM
 from .pushing import fetch_run
-from .sources import check_given, choose_config, load_model
+from .sources import Source, check_given, choose_config, open_source
 
 
 @dataclasses.dataclass
@@ -25,6 +25,7 @@ class Start:
     resumed: Path | None = None
     run: dict = dataclasses.field(default_factory=dict)
     superseded: list[Path] = dataclasses.field(default_factory=list)
+    source: Source | None = None
 
 
 def find_start(init_from: str, shape: dict, out_dir: Path, recipe: dict, shaping: Iterable[str]) -> Start:
@@ -45,8 +46,19 @@ def find_start(init_from: str, shape: dict, out_dir: Path, recipe: dict, shaping
         check_same_run(folder, state.step, run, recipe, shaping)
         start = Start(config, state=state, resumed=folder, run=run)
     else:
-        config = choose_config(init_from, shape, revision)
-        start = Start(config, None if init_from == "scratch" else load_model(init_from, config, revision))
+        source = None
+        if init_from != "scratch":
+            try:
+                source = open_source(init_from, revision)
+            except ValueError as mistake:
+                raise ValueError(f"init_from={mistake}") from None
+        config = choose_config(shape, source)
+        start = Start(config, source=source)
+        if source is not None:
+            try:
+                start.model = source.model(config)
+            except ValueError as mistake:
+                raise ValueError(f"init_from={mistake}") from None
     start.superseded = superseded_by(out_dir, folder)
     if not (recipe["eval_only"] or recipe["prepare_only"]):  # which overwrite nothing
         check_unfinished(out_dir, folder)
