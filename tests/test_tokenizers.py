@@ -235,8 +235,6 @@ except ModuleNotFoundError:
     pass
 else:
     raise SystemExit("the project is not blocked")
-from support.needs import needs_gpt2
-from support.texts import END, HARD_TEXTS, TEXT, random_texts
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
