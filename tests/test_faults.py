@@ -25,7 +25,8 @@ import train_accelerate
 from modeling_nanogpt import NanoGPTForCausalLM
 from modeling_nanogpt.checkpointing import TENSORS, list_checkpoints, newest_complete
 from modeling_nanogpt.fitting import explain_out_of_memory, largest_divisor
-from support.runs import FORKS, at_step, finish, log_windows, recipe_of, send_itself, start
+from support.forks import fork
+from support.runs import at_step, finish, log_windows, recipe_of, send_itself, start
 from support.tiny_run import TINY, train
 from tokenization.windows import open_stream, training_windows
 
@@ -303,8 +304,7 @@ def find_largest(path: str) -> None:
 
 @needs_proc
 def test_the_largest_divisor_that_fits_is_found(tmp_path, folder):
-    process = FORKS.Process(target=find_largest, args=(str(tmp_path / "found"),))
-    process.start()
+    process = fork(find_largest, str(tmp_path / "found"))
     assert finish(process) == [0]
     assert json.loads((tmp_path / "found").read_text()) == [6, [24, 12, 8, 6]]
 

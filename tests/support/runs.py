@@ -1,9 +1,5 @@
-"""Runs of the trainer in processes of their own, which can be killed and which meet each other over loopback.
+"""Runs of the trainer in processes of their own, which can be killed and which meet each other over loopback."""
 
-Their libraries are imported once, by a server that forks a process whenever one is asked for.
-"""
-
-import multiprocessing
 import os
 import signal
 import socket
@@ -19,12 +15,11 @@ from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launch
 
 import train_accelerate
 from support import ROOT
+from support.forks import fork
 from support.texts import write_words
 from support.tiny_run import TINY, write_recipe
 
-FORKS = multiprocessing.get_context("forkserver")
-# a save draws its losses with matplotlib
-FORKS.set_forkserver_preload(["support.runs", "matplotlib.figure", "matplotlib.backends.backend_agg"])
+HELD = []  # sockets, bound and never closed, of which nothing is asked but to hold their ports
 
 
 def recipe_of(folder: Path, **flags) -> Path:
@@ -37,15 +32,7 @@ def recipe_of(folder: Path, **flags) -> Path:
 
 def start(recipe: Path, log: Path, *flags: str, before: tuple = (), environment: dict | None = None) -> BaseProcess:
     """Start the trainer; what it says goes to `log`. `before` are (function, *arguments) to call in it first."""
-    path = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])  # for the server, which starts here
-    process = FORKS.Process(target=live, args=([str(recipe), *flags], str(log), before, environment or {}))
-    process.start()
-    if path is None:
-        del os.environ["PYTHONPATH"]
-    else:
-        os.environ["PYTHONPATH"] = path
-    return process
+    return fork(live, [str(recipe), *flags], str(log), before, environment or {})
 
 
 def start_together(
@@ -62,10 +49,12 @@ def start_together(
 
 
 def free_port() -> int:
-    """A port on which nobody listens."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    """A port on which nobody listens, and which the system gives to nobody else while this process lives."""
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a trainer that is told the port may listen there
+    held.bind(("127.0.0.1", 0))
+    HELD.append(held)
+    return held.getsockname()[1]
 
 
 def live(argv: list[str], log: str, before: tuple, environment: dict) -> None:
