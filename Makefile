@@ -16,7 +16,7 @@ test: .venv/installed
 	$(BIN)/python -m pytest
 
 torture: .venv/installed
-	$(BIN)/python -W ignore::UserWarning:multiprocessing.resource_tracker tests/torture.py
+	$(BIN)/python -W ignore::UserWarning:multiprocessing.resource_tracker tests/support/torture.py
 
 conformance: .venv/installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[conformance]"

@@ -7,11 +7,11 @@ import re
 import subprocess
 import sys
 from importlib.metadata import packages_distributions
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from support import ROOT
+
 ROOMS = ("modeling_nanogpt", "tokenization", "train_accelerate")
 FILES = [
     ROOT / "train_accelerate.py",
@@ -42,7 +42,8 @@ def imports_of(path):
 
 def rooms_used(path):
     """The rooms of the project that a file imports from."""
-    rooms = {name.split(".")[0] for dots, name in imports_of(path) if dots == 0} & {*ROOMS, "hub_configs", "tests"}
+    roots = {name.split(".")[0] for dots, name in imports_of(path) if dots == 0}
+    rooms = roots & {*ROOMS, "hub_configs", "tests", "support"}
     return rooms | {path.parent.name if dots == 1 else "outside" for dots, _ in imports_of(path) if dots}
 
 
@@ -68,6 +69,15 @@ def test_no_import_hides_from_these_tests():
         attributes = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
         assert not {"__import__", "import_module", "exec", "eval"} & names, path
         assert not {"import_module", "spec_from_file_location"} & attributes, path
+
+
+def test_no_test_file_imports_another():
+    tests = ROOT / "tests"
+    files = [*tests.glob("*.py"), *tests.glob("support/*.py")]
+    assert {"conftest.py", "test_architecture.py", "runs.py"} <= {path.name for path in files}
+    alone = {path.stem for path in tests.glob("*.py")} | {"tests"}  # for `from tests import test_x`
+    for path in files:
+        assert not {part for _, name in imports_of(path) for part in name.split(".")} & alone, path
 
 
 @pytest.mark.parametrize("name", TRAVELLERS)

@@ -12,7 +12,6 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from datasets import Dataset
 from safetensors.torch import load_file
-from test_modeling import BLOCK, VOCAB, make_model, make_tokens
 from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
@@ -32,6 +31,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from modeling_nanogpt import NanoGPTForCausalLM
 from modeling_nanogpt.sources import read_config
+from support.models import BLOCK, VOCAB, make_model, make_tokens
 
 CODE = {"configuration_nanogpt.py", "modeling_nanogpt.py"}
 

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import tiktoken
 import torch
-from conftest import TINY, train
-from test_fidelity import exact_gelu, make_model, reference_logits
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, GPT2Config, GPT2LMHeadModel, GPT2Model
 
 from modeling_nanogpt import NanoGPTConfig, NanoGPTForCausalLM, conversion, convert
 from modeling_nanogpt.conversion import unwrap, weights_from_gpt2, weights_to_gpt2
 from modeling_nanogpt.sources import build_model, read_config, read_weights
+from support.references import exact_gelu, make_counterpart, reference_logits
+from support.tiny_run import TINY, train
 from tokenization.char import train_char_tokenizer
 
 IDS = torch.randint(0, 50, (2, 16), generator=torch.Generator().manual_seed(0))
@@ -84,7 +84,7 @@ def run_convert(monkeypatch, *argv) -> None:
 @pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."])
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_nanogpt_checkpoint_has_the_logits_of_the_definition(tmp_path, bias, prefix):
-    model = stirred(make_model(bias))
+    model = stirred(make_counterpart(bias))
     path = write_ckpt(tmp_path / "ckpt.pt", model, prefix)
     loaded = build_model(NanoGPTForCausalLM, read_config(path), read_weights(path), torch.float32).eval()
     weights = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}

@@ -3,9 +3,9 @@
 import re
 
 import pytest
-from test_prepare import write_corpus
-from test_tokenizers import TEXT, needs_gpt2
 
+from support.needs import needs_gpt2
+from support.texts import TEXT, write_corpus
 from tokenization import bench
 
 

@@ -8,10 +8,11 @@ import pytest
 import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_tokenizers import END, HARD_TEXTS, TEXT, needs_gpt2, random_texts
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from support.needs import needs_gpt2
+from support.texts import END, HARD_TEXTS, TEXT, random_texts
 from tokenization import encoding as encoding_module
 from tokenization.bpe import train_bpe_tokenizer
 from tokenization.char import read_char_tokenizer, train_char_tokenizer

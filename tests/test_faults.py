@@ -18,8 +18,6 @@ import pytest
 import torch
 from accelerate import tracking
 from accelerate.tracking import GeneralTracker, get_available_trackers, register_tracker_class
-from conftest import TINY, train
-from runs import FORKS, at_step, finish, log_windows, recipe_of, send_itself, start
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -27,6 +25,8 @@ import train_accelerate
 from modeling_nanogpt import NanoGPTForCausalLM
 from modeling_nanogpt.checkpointing import TENSORS, list_checkpoints, newest_complete
 from modeling_nanogpt.fitting import explain_out_of_memory, largest_divisor
+from support.runs import FORKS, at_step, finish, log_windows, recipe_of, send_itself, start
+from support.tiny_run import TINY, train
 from tokenization.windows import open_stream, training_windows
 
 FLAGS = {"max_iters": 12, "lr_decay_iters": 12, "eval_interval": 4, "save_interval": 2, "eval_tokens": 64}
@@ -199,7 +199,8 @@ def test_a_step_that_is_not_finite_is_named_and_changes_nothing(folder, tmp_path
     spoil([5], how)
     flags = FLAGS | {"save_interval": 1, "keep_checkpoints": 99, "grad_clip": grad_clip, "log_interval": 3}
     run = train(folder, out_dir=tmp_path / "out", **flags)
-    offsets, _ = training_windows("random", 1337, 5, 8, len(open_stream(str(run.data_dir), "train")), 16)
+    stream = open_stream(run.data_dir, "train")
+    offsets = training_windows(stream, order="random", seed=1337, step=5, count=8, block_size=16).offsets
     where = f"(windows at tokens {', '.join(map(str, offsets))} of train)"
     said = [line for line in capsys.readouterr().out.splitlines() if "skipped" in line]
     assert said == [f"step 6: the {how} is not finite, and its update is skipped {where}"]

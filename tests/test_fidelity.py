@@ -9,56 +9,9 @@ from accelerate.state import AcceleratorState, GradientState
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from modeling_nanogpt import NanoGPTConfig, NanoGPTForCausalLM
+from support.references import BLOCK, VOCAB, WIDTH, exact_gelu, make_counterpart, reference_logits, tanh_gelu
 
-VOCAB, BLOCK, LAYERS, HEADS, WIDTH = 53, 16, 2, 4, 32
 STEPS, BATCH = 50, 8
-
-# --- the reference ---------------------------------------------------------------------------------------------------
-# Weights are a dict of plain tensors under the model's names, without the head's: it is the token embedding.
-
-
-def linear(x, weights, name):
-    """x W^T + b, as the weight is stored (out, in)."""
-    y = torch.einsum("...i,oi->...o", x, weights[f"{name}.weight"])
-    return y + weights[f"{name}.bias"] if f"{name}.bias" in weights else y
-
-
-def layer_norm(x, weights, name, epsilon=1e-5):
-    mean = x.mean(-1, keepdim=True)
-    variance = ((x - mean) ** 2).mean(-1, keepdim=True)
-    y = (x - mean) / torch.sqrt(variance + epsilon) * weights[f"{name}.weight"]
-    return y + weights[f"{name}.bias"] if f"{name}.bias" in weights else y
-
-
-def exact_gelu(x):
-    return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
-
-
-def tanh_gelu(x):
-    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-
-
-def attention(x, weights, name):
-    """Each head by itself: softmax over the past of q k / sqrt(D), applied to v."""
-    q, k, v = linear(x, weights, f"{name}.c_attn").chunk(3, dim=-1)
-    past, size, heads = torch.ones(x.shape[1], x.shape[1]).tril().bool(), WIDTH // HEADS, []
-    for head in range(HEADS):
-        own = slice(head * size, (head + 1) * size)
-        scores = q[..., own] @ k[..., own].transpose(-1, -2) / math.sqrt(size)
-        heads.append(torch.softmax(torch.where(past, scores, -math.inf), dim=-1) @ v[..., own])
-    return linear(torch.cat(heads, dim=-1), weights, f"{name}.c_proj")
-
-
-def reference_logits(weights, tokens, gelu):
-    embedding = weights["transformer.wte.weight"]
-    x = embedding[tokens] + weights["transformer.wpe.weight"][: tokens.shape[1]]
-    for layer in range(LAYERS):
-        block = f"transformer.h.{layer}"
-        x = x + attention(layer_norm(x, weights, f"{block}.ln_1"), weights, f"{block}.attn")
-        inner = gelu(linear(layer_norm(x, weights, f"{block}.ln_2"), weights, f"{block}.mlp.c_fc"))
-        x = x + linear(inner, weights, f"{block}.mlp.c_proj")
-    return layer_norm(x, weights, "transformer.ln_f") @ embedding.T
 
 
 def reference_loss(weights, tokens, targets, gelu):
@@ -106,27 +59,6 @@ def learning_rate(step, peak=4e-3, lowest=4e-4, warmup=10):
     return lowest + 0.5 * (1 + math.cos(math.pi * (step - warmup) / (STEPS - warmup))) * (peak - lowest)
 
 
-def make_model(bias, activation="gelu"):
-    """A tiny model whose attention is far from uniform and whose biases and norms are not the trivial ones."""
-    torch.manual_seed(0)
-    config = NanoGPTConfig(
-        vocab_size=VOCAB,
-        block_size=BLOCK,
-        n_layer=LAYERS,
-        n_head=HEADS,
-        n_embd=WIDTH,
-        bias=bias,
-        activation_function=activation,
-        initializer_range=0.2,
-    )
-    model = NanoGPTForCausalLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.train()
-
-
 def weights_of(model):
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
@@ -159,7 +91,7 @@ def fresh_accelerator_state():
     ("activation", "gelu"), [("gelu", exact_gelu), ("gelu_new", tanh_gelu), ("gelu_pytorch_tanh", tanh_gelu)]
 )
 def test_same_logits_loss_and_gradients_from_the_same_weights(attention, bias, activation, gelu):
-    model = make_model(bias, activation)
+    model = make_counterpart(bias, activation)
     model.set_attn_implementation(attention)
     weights, [(tokens, targets)] = weights_of(model), make_batches(1)
     loss, gradients = reference_gradients(weights, tokens, targets, gelu)
@@ -173,7 +105,7 @@ def test_same_logits_loss_and_gradients_from_the_same_weights(attention, bias, a
 
 
 def test_the_other_gelu_is_told_apart():
-    model = make_model(bias=False, activation="gelu")
+    model = make_counterpart(bias=False, activation="gelu")
     tokens, _ = next(make_batches(1))
     wrong = reference_logits(weights_of(model), tokens, tanh_gelu)
     assert (model(tokens).logits - wrong).abs().max() > 1e-4
@@ -211,7 +143,7 @@ def train_with_accelerate(model, batches, accumulation):
 @pytest.mark.parametrize("accumulation", [1, 4])
 @pytest.mark.parametrize("bias", [False, True])
 def test_same_weights_after_fifty_steps_of_adamw(bias, accumulation, fresh_accelerator_state):
-    model = make_model(bias)
+    model = make_counterpart(bias)
     start, batches = weights_of(model), list(make_batches(STEPS))
     expected, expected_losses, norms = reference_training(start, batches, exact_gelu)
     assert min(norms) < CLIP < max(norms), "some steps are clipped, some are not"

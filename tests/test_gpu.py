@@ -8,7 +8,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from conftest import train
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -17,6 +16,7 @@ from modeling_nanogpt import NanoGPTConfig, NanoGPTForCausalLM
 from modeling_nanogpt.optimization import adamw
 from modeling_nanogpt.sample import continue_prompt
 from modeling_nanogpt.throughput import peak_flops
+from support.tiny_run import train
 from train_accelerate import to_device
 
 pytestmark = pytest.mark.gpu

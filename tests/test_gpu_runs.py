@@ -9,13 +9,14 @@ import sys
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from conftest import train
-from runs import ROOT, recipe_of
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import train_accelerate
 from modeling_nanogpt.checkpointing import list_checkpoints, newest_complete, read_checkpoint
+from support import ROOT
+from support.runs import recipe_of
+from support.tiny_run import train
 
 pytestmark = pytest.mark.gpu
 LONG = {"max_iters": 200, "lr_decay_iters": 200, "eval_interval": 100, "warmup_iters": 20, "learning_rate": 3e-3}

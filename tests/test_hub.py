@@ -10,14 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.utils import is_tensorboard_available
-from conftest import TINY, train, write_corpus, write_recipe
-from hub_server import Hub
 from huggingface_hub import ModelCard
 
 from modeling_nanogpt import NanoGPTForCausalLM
 from modeling_nanogpt.convert import convert
+from support import ROOT
+from support.hub import Hub
+from support.texts import write_words
+from support.tiny_run import TINY, train, write_recipe
 
-ROOT = Path(__file__).parent.parent
 SHORT = {"max_iters": 10, "lr_decay_iters": 20, "eval_interval": 5, "dropout": 0.1}  # half of a run
 TRACKER = "tensorboard" if is_tensorboard_available() else "none"
 
@@ -65,7 +66,7 @@ def run_trainer(hub, home, token="hf_alice", **flags):
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.txt")
+    return write_words(tmp_path_factory.mktemp("corpus") / "corpus.txt")
 
 
 @pytest.fixture(scope="module")

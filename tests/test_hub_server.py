@@ -4,9 +4,8 @@ import os
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from support import ROOT
 
 
 def client(hub, home, code, token="hf_alice"):
@@ -205,7 +204,8 @@ def test_faults_are_what_they_say(hub, tmp_path):
 
 
 def test_it_runs_as_a_process_of_its_own(tmp_path):
-    server = subprocess.Popen([sys.executable, ROOT / "tests" / "hub_server.py"], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, ROOT / "tests" / "support" / "hub.py"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         address = server.stdout.readline().strip()
         code = "from huggingface_hub import HfApi; print(HfApi().whoami()['name'])"

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from runs import ROOT, launch, recipe_of
 
 from modeling_nanogpt import NanoGPTForCausalLM
+from support import ROOT
+from support.runs import launch, recipe_of
 
 FOLDER = ROOT / "hub_configs" / "accelerate"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))

@@ -17,28 +17,16 @@ import datasets
 import numpy as np
 import pytest
 import tiktoken
-from test_prepare import (
-    PROJECT,
-    TEXT,
-    files_of,
-    lines_of,
-    prepare_flags,
-    run_command,
-    stored_ids,
-    write_corpus,
-    write_text,
-)
-from test_tokenizers import needs_gpt2
-from warm import Command
 
+from support import ROOT
+from support.data_dirs import files_of, prepare_flags, stored_ids
+from support.needs import needs_gpt2, needs_shakespeare
+from support.prepare_command import Command, lines_of, run_command
+from support.texts import FOXES, write_corpus, write_text
 from tokenization.arguments import DataArguments
 from tokenization.corpora import open_corpus
 from tokenization.prepare import prepare
 from tokenization.shards import ROW, ROWS
-
-needs_shakespeare = pytest.mark.skipif(
-    "TINYSHAKESPEARE" not in os.environ, reason="TINYSHAKESPEARE names no text file"
-)
 
 
 def journal_of(staging):
@@ -52,7 +40,7 @@ def contents(folder):
 
 @pytest.fixture
 def command(tmp_path_factory):
-    """Starts the prepare command, by default with small files; see warm.py."""
+    """Starts the prepare command, by default with small files; see support/prepare_command.py."""
 
     def start(*flags, small=0.0, most=None):
         return Command(tmp_path_factory.mktemp("said"), *flags, small=small, most=most)
@@ -64,8 +52,8 @@ def command(tmp_path_factory):
 def corpora(tmp_path_factory):
     """One long text, and many documents, of a megabyte each."""
     folder = tmp_path_factory.mktemp("corpora")
-    write_text(folder / "long.txt", "".join(f"{i} {TEXT[i % 900 : i % 1100 + 200]}\n" for i in range(3500)))
-    rows = [{"text": f"{i}\r\n" + TEXT[i % 999 : i % 1500 + 99]} for i in range(4000)]
+    write_text(folder / "long.txt", "".join(f"{i} {FOXES[i % 900 : i % 1100 + 200]}\n" for i in range(3500)))
+    rows = [{"text": f"{i}\r\n" + FOXES[i % 999 : i % 1500 + 99]} for i in range(4000)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -297,7 +285,7 @@ def test_a_folder_without_permission_is_one_line(tmp_path, command):
 
 
 def test_a_second_run_takes_under_two_seconds_and_does_not_read_the_text(tmp_path):
-    corpus = write_text(tmp_path / "text.txt", TEXT * 200)
+    corpus = write_text(tmp_path / "text.txt", FOXES * 200)
     flags = [f"--corpus={corpus}", f"--data_dir={tmp_path / 'data'}"]
     prepare_flags(corpus=corpus, data_dir=tmp_path / "data")
     before, stat = files_of(tmp_path / "data"), os.stat(corpus)
@@ -319,7 +307,7 @@ def test_a_file_that_was_only_touched_is_the_same_text(tmp_path):
     record = prepare_flags(**flags)
     os.utime(flags["corpus"], ns=(1, 1))
     assert prepare_flags(**flags) == record
-    write_text(tmp_path / "text.txt", TEXT[:-1] + "!")
+    write_text(tmp_path / "text.txt", FOXES[:-1] + "!")
     with pytest.raises(ValueError, match="was made from other text"):
         prepare_flags(**flags)
 
@@ -334,7 +322,7 @@ def test_a_file_that_was_only_touched_is_the_same_text(tmp_path):
     ids=str,
 )
 def test_a_data_dir_made_in_another_way_is_refused_by_name(tmp_path, flags, said):
-    rows = "".join(json.dumps({"text": TEXT, "other": TEXT[::-1]}) + "\n" for _ in range(3))
+    rows = "".join(json.dumps({"text": FOXES, "other": FOXES[::-1]}) + "\n" for _ in range(3))
     made = {"corpus": write_text(tmp_path / "rows.jsonl", rows), "data_dir": tmp_path / "data"}
     prepare_flags(**made)
     prepare_flags(**made | {"num_proc": 2, "windows": "epoch"})  # these do not matter
@@ -372,8 +360,8 @@ def write_bins(folder, train, val, dtype=np.uint16):
 
 def test_bins_of_characters_are_taken_as_they_are(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    stoi = {character: i for i, character in enumerate(sorted(set(TEXT)))}
-    ids = [stoi[character] for character in TEXT]
+    stoi = {character: i for i, character in enumerate(sorted(set(FOXES)))}
+    ids = [stoi[character] for character in FOXES]
     bins, text = write_bins(tmp_path / "bins", ids[:3000], ids[3000:]), write_text(tmp_path / "text.txt")
     flags = {"corpus": bins, "tokenizer": text, "data_dir": tmp_path / "data"}
     record = prepare_flags(**flags)
@@ -432,7 +420,7 @@ def test_progress_is_shown_where_somebody_watches(corpora, tmp_path):
     flags = [f"--corpus={corpora / 'long.txt'}", f"--data_dir={tmp_path / 'data'}"]
     child = subprocess.Popen(
         [sys.executable, "-m", "tokenization.prepare", *flags],
-        env=os.environ | {"PYTHONPATH": str(PROJECT)},
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=theirs,
     )
@@ -472,4 +460,7 @@ def test_a_bpe_is_trained_on_the_beginning_of_a_long_text(tmp_path, monkeypatch)
 def test_reading_is_left_to_the_corpus(tmp_path):
     corpus = open_corpus(DataArguments(corpus=write_text(tmp_path / "text.txt", "ab " * 10)))
     assert "".join(text for text, _ in corpus.read()) == "ab " * 10
-    assert prepare(DataArguments(corpus.name, data_dir=str(tmp_path / "data")))["documents"] == {"train": 1, "val": 1}
+    assert prepare(DataArguments(corpus.name, data_dir=str(tmp_path / "data"))).record["documents"] == {
+        "train": 1,
+        "val": 1,
+    }

@@ -19,34 +19,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from modeling_nanogpt import NanoGPTConfig, NanoGPTForCausalLM, NanoGPTModel
+from support.models import BLOCK, VOCAB, make_config, make_model, make_tokens
 
-VOCAB, BLOCK = 61, 32
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh")
-
-
-def make_config(**changes):
-    # Weights much larger than a trained model's: attention is peaked and far from uniform, so that a wrong mask, a
-    # lost cache or a shifted position changes the logits by far more than any tolerance below.
-    return NanoGPTConfig(
-        **{"vocab_size": VOCAB, "block_size": BLOCK, "n_layer": 2, "n_head": 2, "n_embd": 32, "initializer_range": 0.3}
-        | changes
-    )
-
-
-def make_model(cls=NanoGPTForCausalLM, seed=0, attention="sdpa", **changes):
-    """A tiny model in eval mode whose biases and norms are not the trivial ones that a new model has."""
-    torch.manual_seed(seed)
-    model = cls(make_config(**changes)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    model.set_attn_implementation(attention)
-    return model
-
-
-def make_tokens(*shape, seed=1):
-    return torch.randint(VOCAB, shape, generator=torch.Generator().manual_seed(seed))
 
 
 def make_window(batch, length, seed=1):

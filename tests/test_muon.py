@@ -6,11 +6,9 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import train
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -19,8 +17,9 @@ from transformers import GPT2LMHeadModel
 from modeling_nanogpt import NanoGPTConfig, NanoGPTForCausalLM, muon
 from modeling_nanogpt.conversion import config_to_gpt2, weights_from_gpt2, weights_to_gpt2
 from modeling_nanogpt.optimization import adamw
+from support import ROOT
+from support.tiny_run import train
 
-ROOT = Path(__file__).parent.parent
 JORDAN = ((3.4445, -4.7750, 2.0315),) * 5  # torch.optim.Muon's
 SHAPES = [(64, 64), (64, 64), (96, 24), (24, 96), (96, 24)]
 BETAS = (0.9, 0.95)

@@ -17,36 +17,16 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from support import ROOT
+from support.data_dirs import files_of, joined_ids, prepare_flags, split_documents, stored_ids
+from support.prepare_command import lines_of, run_command
+from support.texts import END, FOXES, write_corpus, write_text
 from tokenization.arguments import DataArguments
 from tokenization.bpe import train_bpe_tokenizer
 from tokenization.corpora import STDLIB, open_corpus
-from tokenization.prepare import main, prepare
+from tokenization.prepare import main
 from tokenization.shards import ROW, SplitWriter
-from tokenization.splits import is_val
 from tokenization.windows import open_stream
-
-PROJECT = Path(__file__).parent.parent
-END = "<|endoftext|>"
-TEXT = "".join(f"{i}: the quick brown fox\r\njumps over {i * i % 97} lazy dogs; {END} is text\n" for i in range(120))
-
-
-def write_corpus(folder, texts, suffix=".txt"):
-    """Files whose names sort in the order of the texts, written in another order."""
-    folder.mkdir(parents=True)
-    for i in sorted(range(len(texts)), key=lambda i: i * 7919 % 104729):
-        (folder / f"{i:05d}{suffix}").write_bytes(texts[i].encode())
-    return str(folder)
-
-
-def write_text(path, text=TEXT):
-    path.write_bytes(text.encode())
-    return str(path)
-
-
-def prepare_flags(minimum_tokens=2, **flags):
-    """prepare with these flags; a path may be a Path."""
-    flags = {name: str(value) if isinstance(value, Path) else value for name, value in flags.items()}
-    return prepare(DataArguments(**flags), minimum_tokens)
 
 
 def make_word_level(size, eos="<eos>"):
@@ -57,69 +37,13 @@ def make_word_level(size, eos="<eos>"):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos)
 
 
-def stored_ids(data_dir, split):
-    """The ids of a split, read through `datasets` alone: the rows one after another, the padding cut."""
-    count = json.loads((Path(data_dir) / "prepared.json").read_text())["tokens"][split]
-    rows = datasets.load_from_disk(str(data_dir))[split].with_format("numpy")["input_ids"][:]
-    assert rows.shape == (-(-count // ROW), ROW)
-    ids = rows.reshape(-1)
-    assert not ids[count:].any()
-    return ids[:count].tolist()
-
-
-def split_documents(documents):
-    """The documents of each split, where there are several."""
-    return {
-        split: [text for i, text in enumerate(documents) if is_val(i, 0.1) == (split == "val")]
-        for split in ("train", "val")
-    }
-
-
-def joined_ids(tokenizer, documents, end):
-    """What a split should hold: the ids of each document, one document at a time, and the end-of-text id if any."""
-    ids = []
-    for text in documents:
-        ids += tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-        ids += [tokenizer.eos_token_id] * end
-    return ids
-
-
-def files_of(folder):
-    """What changes when a file below the folder is written, or one comes or goes."""
-    return {
-        str(path.relative_to(folder)): (
-            path.stat().st_mtime_ns,
-            path.stat().st_ino,
-            path.is_dir() or path.read_bytes(),
-        )
-        for path in sorted(Path(folder).rglob("*"))
-    }
-
-
-def run_command(*flags, **options):
-    return subprocess.run(
-        [sys.executable, "-m", "tokenization.prepare", *flags],
-        capture_output=True,
-        encoding="utf-8",
-        timeout=120,
-        env=os.environ | {"PYTHONPATH": str(PROJECT)},
-        **options,
-    )
-
-
-def lines_of(stderr):
-    """What a process wrote on stderr, line by line, apart from progress bars."""
-    lines = re.split(r"[\r\n]+", stderr)
-    return [line for line in lines if line.strip() and not re.search(r"\d+%\|.*\d+/\d+ \[", line)]
-
-
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     """A corpus of one text, char and bpe data_dirs made from it, and what is none of them; tests only read it."""
     folder = tmp_path_factory.mktemp("prepared")
     corpus = write_text(folder / "text.txt")
     write_text(folder / "copy.txt")
-    write_text(folder / "other.txt", TEXT[:-1])
+    write_text(folder / "other.txt", FOXES[:-1])
     (folder / "foreign").mkdir()
     (folder / "foreign" / "notes.md").write_text("mine")
     prepare_flags(corpus=corpus, data_dir=folder / "char")
@@ -171,12 +95,12 @@ def test_one_text_becomes_its_two_ends_without_an_end_of_text(prepared):
         data_dir = prepared / name
         tokenizer = AutoTokenizer.from_pretrained(data_dir)
         train, val = (stored_ids(data_dir, split) for split in ("train", "val"))
-        cut = int(len(TEXT) * 0.9)
-        assert train == joined_ids(tokenizer, [TEXT[:cut]], end=False)
-        assert val == joined_ids(tokenizer, [TEXT[cut:]], end=False)
+        cut = int(len(FOXES) * 0.9)
+        assert train == joined_ids(tokenizer, [FOXES[:cut]], end=False)
+        assert val == joined_ids(tokenizer, [FOXES[cut:]], end=False)
         assert len(train) > ROW
         assert tokenizer.eos_token_id not in train + val  # though the text spells it in every line
-        assert tokenizer.decode(train) + tokenizer.decode(val) == TEXT
+        assert tokenizer.decode(train) + tokenizer.decode(val) == FOXES
 
 
 @pytest.mark.parametrize("count", [2, 3, 10, 25])
@@ -220,11 +144,11 @@ def test_the_record_says_what_was_made_from_what(prepared):
         assert record["sha256"] == hashlib.sha256((prepared / "text.txt").read_bytes()).hexdigest()
         assert record["tokenizer"] == name
         assert record["documents"] == {"train": 1, "val": 1}
-        cut = int(len(TEXT) * 0.9)
-        assert record["bytes"] == {"train": len(TEXT[:cut].encode()), "val": len(TEXT[cut:].encode())}
+        cut = int(len(FOXES) * 0.9)
+        assert record["bytes"] == {"train": len(FOXES[:cut].encode()), "val": len(FOXES[cut:].encode())}
         assert record["tokens"] == {split: len(stored_ids(prepared / name, split)) for split in ("train", "val")}
         assert record["versions"] == {name: version(name) for name in ("datasets", "tokenizers", "transformers")}
-    assert json.loads((prepared / "char" / "prepared.json").read_text())["vocab_size"] == len(set(TEXT)) + 257
+    assert json.loads((prepared / "char" / "prepared.json").read_text())["vocab_size"] == len(set(FOXES)) + 257
     assert json.loads((prepared / "bpe" / "prepared.json").read_text())["vocab_size"] == 300
 
 
@@ -385,10 +309,10 @@ def test_a_failure_in_the_middle_leaves_nothing(tmp_path, monkeypatch, owner, at
 
 
 def test_a_killed_run_leaves_no_data_dir_and_the_next_one_succeeds(tmp_path):
-    long = write_text(tmp_path / "long.txt", TEXT * 400)  # seconds of work
+    long = write_text(tmp_path / "long.txt", FOXES * 400)  # seconds of work
     command = [sys.executable, "-m", "tokenization.prepare", f"--corpus={long}", f"--data_dir={tmp_path / 'data'}"]
     child = subprocess.Popen(
-        command, env=os.environ | {"PYTHONPATH": str(PROJECT)}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
     try:
         deadline = time.monotonic() + 120

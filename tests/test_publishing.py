@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import TINY
 from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import AutoTokenizer
@@ -18,6 +17,7 @@ from transformers import AutoTokenizer
 from modeling_nanogpt import NanoGPTConfig, NanoGPTForCausalLM
 from modeling_nanogpt.publishing import Report, draw_samples, find_commit, plot_losses, training_seconds
 from modeling_nanogpt.throughput import flops_per_token
+from support.tiny_run import TINY
 from train_accelerate import RECIPES
 
 LOGGED, TRAINING, VALIDATION = (198, 219, 239), (31, 119, 180), (255, 127, 14)

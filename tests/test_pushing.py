@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from support import ROOT
 
 # What each process below begins with: a run that saves, without the training. The package's __init__, which takes
 # seconds to import torch and transformers, is left out.

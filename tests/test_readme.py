@@ -11,11 +11,11 @@ from pathlib import Path
 import datasets
 import pytest
 from accelerate.state import AcceleratorState, GradientState
-from conftest import train
 
+from support import ROOT
+from support.tiny_run import train
 from train_accelerate import parse_arguments
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
 LOADING, *SNIPPETS = PYTHON  # the first makes `model` and `tokenizer`, from which the others go on

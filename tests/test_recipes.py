@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,9 +10,10 @@ import yaml
 
 from modeling_nanogpt import NanoGPTForCausalLM
 from modeling_nanogpt.sources import choose_config
+from support import ROOT
 from train_accelerate import RECIPES, DataArguments, ModelArguments, RunArguments, parse_arguments
 
-README = Path(__file__).parent.parent / "README.md"
+README = ROOT / "README.md"
 ALL_ARGUMENTS = (ModelArguments, DataArguments, RunArguments)
 KNOBS = [field.name for arguments in ALL_ARGUMENTS for field in dataclasses.fields(arguments)]
 SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml"))

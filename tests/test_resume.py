@@ -13,7 +13,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import TINY, train, write_corpus
 from safetensors.torch import load_file
 
 import train_accelerate
@@ -28,6 +27,8 @@ from modeling_nanogpt.checkpointing import (
 )
 from modeling_nanogpt.optimization import adamw, learning_rate_at
 from modeling_nanogpt.starting import check_same_run, check_unfinished, superseded_by
+from support.texts import write_words
+from support.tiny_run import TINY, train
 from tokenization.arguments import DataArguments
 from train_accelerate import SHAPING, ModelArguments, RunArguments
 
@@ -174,7 +175,7 @@ def test_a_broken_off_run_leaves_out_dir_whole_again(finished, copied, folder):
 def test_run_yaml_of_a_resumed_run_repeats_the_whole_run(finished, copied, folder, monkeypatch):
     broken_off_after(8, copied)
     shape = ("n_layer", "n_head", "n_embd", "dropout", "block_size")  # the checkpoint knows
-    monkeypatch.setattr("conftest.TINY", {key: value for key, value in TINY.items() if key not in shape})
+    monkeypatch.setattr("support.tiny_run.TINY", {key: value for key, value in TINY.items() if key not in shape})
     flags = {key: value for key, value in FLAGS.items() if key not in shape}
     again = train(folder, out_dir=copied, init_from="resume", **flags)
     assert_same_run(again, finished)
@@ -217,7 +218,7 @@ def test_step_a_million_is_reached_at_once(finished, copied, folder, monkeypatch
     monkeypatch.setattr(
         train_accelerate,
         "training_windows",
-        lambda *args, **sizes: (seen.append(args[2]), windows_of(*args, **sizes))[1],
+        lambda stream, *, step, **flags: (seen.append(step), windows_of(stream, step=step, **flags))[1],
     )
     flags = FLAGS | {"max_iters": 10**6 + 2, "save_interval": 10**6}
     train(folder, out_dir=copied, init_from="resume", **flags)
@@ -362,7 +363,7 @@ def test_the_number_of_windows_in_a_step_cannot_change(folder, copied):
 
 
 def test_the_text_cannot_change(folder, copied, tmp_path):
-    text = write_corpus(tmp_path / "other.txt").read_text()
+    text = write_words(tmp_path / "other.txt").read_text()
     (tmp_path / "other.txt").write_text(text[::-1])
     with pytest.raises(SystemExit) as stop:
         train(

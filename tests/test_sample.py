@@ -4,18 +4,17 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.utils import logging
 
 from modeling_nanogpt import NanoGPTConfig, NanoGPTForCausalLM, sample
 from modeling_nanogpt.sample import continue_prompt
+from support import ROOT
+from support.tiny_run import TINY
 
-ROOT = Path(__file__).parent.parent
 BLOCK, VOCABULARY = 8, 32
 SEPARATOR = "-" * 15
 

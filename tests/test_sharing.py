@@ -3,16 +3,16 @@
 import json
 import os
 import sys
-from pathlib import Path
 
 import pytest
-from test_prepare import TEXT, joined_ids, prepare_flags, split_documents, stored_ids, write_corpus, write_text
 
+from support import ROOT
+from support.data_dirs import joined_ids, prepare_flags, split_documents, stored_ids
+from support.texts import FOXES, write_corpus, write_text
 from tokenization.arguments import DataArguments
 from tokenization.prepare import prepare
 
-PROJECT = Path(__file__).parent.parent
-DOCUMENTS = [f"{i}\r\n{TEXT[i : 2 * i + 50]}" for i in range(60)]
+DOCUMENTS = [f"{i}\r\n{FOXES[i : 2 * i + 50]}" for i in range(60)]
 
 
 def as_jsonl(documents):
@@ -21,7 +21,7 @@ def as_jsonl(documents):
 
 def run_python(hub, home, code, token="hf_alice", **environment):
     """Run code in a process that knows the tests' Hub alone; returns what it printed."""
-    done = hub.run(home, [sys.executable, "-c", code], token, PYTHONPATH=str(PROJECT), **environment)
+    done = hub.run(home, [sys.executable, "-c", code], token, PYTHONPATH=str(ROOT), **environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -44,8 +44,8 @@ def rows(hub):
 
 def test_a_dataset_of_the_hub_is_a_corpus(hub, rows, tmp_path):
     code = PREPARE + (
-        "record = prepare(DataArguments(**flags))\n"
-        "assert prepare(DataArguments(**flags)) == record\n"  # a second run
+        "record = prepare(DataArguments(**flags)).record\n"
+        "assert prepare(DataArguments(**flags)).record == record\n"  # a second run
         "print(record['revision'])\n"
         "wrong = dict(text_column='text', corpus_split='x', corpus_config='x', corpus='bob/x', corpus_revision='x')\n"
         "for key, value in wrong.items():\n"
@@ -80,7 +80,7 @@ def test_a_dataset_of_the_hub_is_a_corpus(hub, rows, tmp_path):
         "    print(mistake)\n"
         "prepare(DataArguments(**flags, corpus_revision=sys.argv[1]))\n"
     )
-    done = hub.run(tmp_path, [sys.executable, "-c", code, revision], PYTHONPATH=str(PROJECT))
+    done = hub.run(tmp_path, [sys.executable, "-c", code, revision], PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr
     assert "was made from other text" in done.stdout and revision in done.stdout
 
@@ -88,7 +88,7 @@ def test_a_dataset_of_the_hub_is_a_corpus(hub, rows, tmp_path):
     said = hub.run(
         tmp_path,
         [sys.executable, "-c", PREPARE + "prepare(DataArguments(**flags))"],
-        PYTHONPATH=str(PROJECT),
+        PYTHONPATH=str(ROOT),
         HF_HUB_OFFLINE="1",
     )
     assert said.returncode == 0 and "corpus=bob/rows" in said.stderr and len(said.stderr.splitlines()) == 1, (
@@ -138,7 +138,7 @@ def test_a_data_dir_is_shared_and_found_again(hub, tmp_path):
     write_text(tmp_path / "text.txt")
     command = [sys.executable, "-m", "tokenization.prepare", "--corpus=text.txt", "--data_dir=data"]
     for _ in range(2):  # pushed, then pushed again as it is
-        done = hub.run(tmp_path, [*command, "--push_to_hub=alice/tokens"], PYTHONPATH=str(PROJECT))
+        done = hub.run(tmp_path, [*command, "--push_to_hub=alice/tokens"], PYTHONPATH=str(ROOT))
         assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].endswith("alice/tokens")
     shared = hub.dataset("alice/tokens")
@@ -154,12 +154,9 @@ import numpy as np
 from datasets import load_dataset
 from tokenization.arguments import DataArguments
 from tokenization.prepare import prepare
-from tokenization.sharing import find_data_dir
-from tokenization.windows import open_stream
 rows = load_dataset("alice/tokens")
-record = prepare(DataArguments(corpus="", data_dir="alice/tokens"))
-found = find_data_dir("alice/tokens", None)
-streams = {split: open_stream(found, split) for split in ("train", "val")}
+found = prepare(DataArguments(corpus="", data_dir="alice/tokens"))
+streams = {split: found.stream(split) for split in ("train", "val")}
 ids = {s: x.windows(np.array([0]), np.array([len(x) - 1]), len(x) - 1)[0].tolist() for s, x in streams.items()}
 for split in ids:
     assert np.array(rows[split]["input_ids"]).reshape(-1)[: len(ids[split])].tolist() == ids[split]
@@ -169,7 +166,7 @@ print(json.dumps(ids))
     for split in ("train", "val"):
         assert ids[split] == stored_ids(tmp_path / "data", split)
 
-    refused = hub.run(tmp_path, [*command, "--push_to_hub=bob/tokens"], PYTHONPATH=str(PROJECT))
+    refused = hub.run(tmp_path, [*command, "--push_to_hub=bob/tokens"], PYTHONPATH=str(ROOT))
     assert refused.returncode == 2
     (line,) = refused.stderr.splitlines()
     assert "push_to_hub=bob/tokens" in line

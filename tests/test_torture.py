@@ -1,6 +1,6 @@
 """The short form of `make torture`: a few runs killed at random moments, and resumed until they are done."""
 
-import torture
+from support import torture
 
 
 def test_killed_runs_end_as_if_nothing_had_happened(capfd):

@@ -6,13 +6,11 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from accelerate.utils import set_seed
-from conftest import TINY, train, write_corpus, write_recipe
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -20,9 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import train_accelerate
 from modeling_nanogpt import NanoGPTForCausalLM, muon
 from modeling_nanogpt.optimization import learning_rate_at
+from support import ROOT
+from support.texts import write_words
+from support.tiny_run import TINY, train, write_recipe
 from tokenization.windows import open_stream, training_windows
-
-ROOT = Path(__file__).parent.parent
 
 
 def test_out_dir_is_a_whole_model_repository(run):
@@ -116,16 +115,17 @@ def test_every_target_of_a_step_counts_the_same_however_short_its_window(tmp_pat
     flags |= {"dtype": "float32", "learning_rate": 1.0, "block_size": 101, "dropout": 0.0}
     run = train(tmp_path, **flags, batch_size=3, gradient_accumulation_steps=36)
     stream = open_stream(run.data_dir, "train")
-    offsets, targets = training_windows("epoch", 1337, 0, 108, len(stream), 101)
-    assert sorted(targets.tolist())[:3] == [47, 47, 101]
+    windows = training_windows(stream, order="epoch", seed=1337, step=0, count=108, block_size=101)
+    offsets, lengths = windows.offsets, windows.lengths
+    assert sorted(lengths.tolist())[:3] == [47, 47, 101]
     trained = AutoModelForCausalLM.from_pretrained(run.out_dir)
     set_seed(1337)
     model = NanoGPTForCausalLM(trained.config)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     model.double()
-    ids = torch.from_numpy(stream.windows(offsets, targets, 101))
+    ids = torch.from_numpy(stream.windows(offsets, lengths, 101))
     logits = model(ids[:, :-1].clamp(min=0)).logits.transpose(1, 2)
-    loss = torch.nn.functional.cross_entropy(logits, ids[:, 1:], reduction="sum") / targets.sum()
+    loss = torch.nn.functional.cross_entropy(logits, ids[:, 1:], reduction="sum") / lengths.sum()
     assert loss.item() == pytest.approx(run.losses[0], abs=1e-5)
     loss.backward()
     for name, weight in model.named_parameters():
@@ -155,7 +155,7 @@ def test_two_processes_train_on_the_same_windows(tmp_path):
 
 def test_accelerate_launch_runs_the_command_of_the_readme(tmp_path):
     recipe = write_recipe(
-        tmp_path / "tiny.yaml", corpus=write_corpus(tmp_path / "corpus.txt"), **TINY | {"max_iters": 3}
+        tmp_path / "tiny.yaml", corpus=write_words(tmp_path / "corpus.txt"), **TINY | {"max_iters": 3}
     )
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1"]
     command = [*launch, ROOT / "train_accelerate.py", recipe, "--max_iters=2"]

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from conftest import TINY, write_corpus, write_recipe
 from transformers import LlamaConfig
 
 import train_accelerate
+from support.texts import write_words
+from support.tiny_run import TINY, write_recipe
 from tokenization.arguments import DataArguments
 from tokenization.prepare import prepare
 
@@ -26,7 +27,7 @@ FLAGS = TINY | {"corpus": "corpus.txt", "data_dir": "new/data", "out_dir": "fres
 def all_inputs(run, tmp_path_factory):
     """A folder with a text, a data_dir and a model that are all right, and what is wrong beside them."""
     folder = tmp_path_factory.mktemp("inputs")
-    text = write_corpus(folder / "corpus.txt").read_text()
+    text = write_words(folder / "corpus.txt").read_text()
     (folder / "other.txt").write_text(text[::-1])
     (folder / "empty.txt").write_text("")
     (folder / "latin.txt").write_bytes(b"words, caf\xe9, words")

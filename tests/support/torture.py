@@ -13,13 +13,23 @@ import tempfile
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script, it finds `support` there
+
 import torch
-from runs import die_at_file_operation, finish, log_windows, read_windows, recipe_of, start, start_together
 from safetensors.torch import load_file
 from transformers.utils.logging import disable_progress_bar
 
 from modeling_nanogpt import NanoGPTForCausalLM
 from modeling_nanogpt.checkpointing import list_checkpoints
+from support.runs import (
+    die_at_file_operation,
+    finish,
+    log_windows,
+    read_windows,
+    recipe_of,
+    start,
+    start_together,
+)
 from tokenization.windows import open_stream, training_windows
 
 STEPS, WINDOWS, SEED = 12, 8, 1337
@@ -118,9 +128,8 @@ def trained_on(data_dir: Path, logs: list[Path], processes: int) -> tuple[list[i
             seen += batches[: (end - first) * micro_batches]
         expected = []
         for step in range(STEPS):
-            offsets, _ = training_windows("random", SEED, step, WINDOWS, len(stream), 16)
-            offsets = offsets.reshape(-1, processes, 2)
-            expected += offsets[:, rank].tolist()
+            drawn = training_windows(stream, order="random", seed=SEED, step=step, count=WINDOWS, block_size=16)
+            expected += [share.offsets.tolist() for share in drawn.shares(2, processes, rank)]
         right = right and seen == expected
     return begun, right
 

@@ -4,7 +4,7 @@
         hub.run(tmp_path, [sys.executable, "-c", code])   a process that knows no other Hub, with an empty cache
         hub.fail("/commit/", 500, times=1)                the next request whose path matches is answered so
 
-    python tests/hub_server.py [--port 8080]              a process of its own, until it is interrupted
+    python tests/support/hub.py [--port 8080]              a process of its own, until it is interrupted
 
 Tokens: `hf_alice` and `hf_bob` may write to their own repositories, and alice's `hf_alice_reads` may only read.
 """

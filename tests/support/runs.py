@@ -16,20 +16,22 @@ from pathlib import Path
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
-from conftest import TINY, write_corpus, write_recipe
 
 import train_accelerate
+from support import ROOT
+from support.texts import write_words
+from support.tiny_run import TINY, write_recipe
 
-ROOT = Path(__file__).parent.parent
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["runs", "matplotlib.figure", "matplotlib.backends.backend_agg"])  # each save draws
+# a save draws its losses with matplotlib
+FORKS.set_forkserver_preload(["support.runs", "matplotlib.figure", "matplotlib.backends.backend_agg"])
 
 
 def recipe_of(folder: Path, **flags) -> Path:
     """The tiny recipe in a file, with a text beside it."""
     corpus = folder / "corpus.txt"
     if not corpus.exists():
-        write_corpus(corpus)
+        write_words(corpus)
     return write_recipe(folder / "recipe.yaml", **{"corpus": corpus, "data_dir": folder / "data"} | TINY | flags)
 
 
@@ -108,9 +110,9 @@ class LoggedStream:
     def __len__(self):
         return len(self.stream)
 
-    def windows(self, offsets, targets, block_size):
+    def windows(self, offsets, lengths, block_size):
         os.write(self.descriptor, (" ".join(map(str, offsets.tolist())) + "\n").encode())
-        return self.stream.windows(offsets, targets, block_size)
+        return self.stream.windows(offsets, lengths, block_size)
 
 
 def log_windows(path: str) -> None:

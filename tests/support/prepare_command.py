@@ -1,14 +1,21 @@
-"""The prepare command in processes of their own that start at once: forked from one that has the libraries loaded."""
+"""The prepare command in processes of their own.
+
+Command starts at once: it is forked from a process that has the libraries loaded.
+"""
 
 import os
+import re
 import resource
 import signal
+import subprocess
 import sys
 import time
 from contextlib import suppress
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
+
+from support import ROOT
 
 PRELOADED = ["tokenization.prepare", "tokenization.making"]
 
@@ -75,3 +82,21 @@ def run(flags: list[str], small: float | None, most: int | None, stdout: str, st
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
+
+
+def run_command(*flags, **options):
+    """`python -m tokenization.prepare` as a user starts it, until it ends."""
+    return subprocess.run(
+        [sys.executable, "-m", "tokenization.prepare", *flags],
+        capture_output=True,
+        encoding="utf-8",
+        timeout=120,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        **options,
+    )
+
+
+def lines_of(stderr):
+    """What a process wrote on stderr, line by line, apart from progress bars."""
+    lines = re.split(r"[\r\n]+", stderr)
+    return [line for line in lines if line.strip() and not re.search(r"\d+%\|.*\d+/\d+ \[", line)]

@@ -1,0 +1,5 @@
+"""What several test files share, a file a subject. Nothing here is a test."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]  # of the project

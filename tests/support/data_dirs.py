@@ -1,0 +1,56 @@
+"""Making data_dirs, and what they should hold."""
+
+import json
+from pathlib import Path
+
+import datasets
+
+from tokenization.arguments import DataArguments
+from tokenization.prepare import prepare
+from tokenization.shards import ROW
+from tokenization.splits import is_val
+
+
+def prepare_flags(minimum_tokens=2, **flags):
+    """The record of what prepare makes with these flags; a path may be a Path."""
+    flags = {name: str(value) if isinstance(value, Path) else value for name, value in flags.items()}
+    return prepare(DataArguments(**flags), minimum_tokens).record
+
+
+def stored_ids(data_dir, split):
+    """The ids of a split, read through `datasets` alone: the rows one after another, the padding cut."""
+    count = json.loads((Path(data_dir) / "prepared.json").read_text())["tokens"][split]
+    rows = datasets.load_from_disk(str(data_dir))[split].with_format("numpy")["input_ids"][:]
+    assert rows.shape == (-(-count // ROW), ROW)
+    ids = rows.reshape(-1)
+    assert not ids[count:].any()
+    return ids[:count].tolist()
+
+
+def split_documents(documents):
+    """The documents of each split, where there are several."""
+    return {
+        split: [text for i, text in enumerate(documents) if is_val(i, 0.1) == (split == "val")]
+        for split in ("train", "val")
+    }
+
+
+def joined_ids(tokenizer, documents, end):
+    """What a split should hold: the ids of each document, one document at a time, and the end-of-text id if any."""
+    ids = []
+    for text in documents:
+        ids += tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        ids += [tokenizer.eos_token_id] * end
+    return ids
+
+
+def files_of(folder):
+    """What changes when a file below the folder is written, or one comes or goes."""
+    return {
+        str(path.relative_to(folder)): (
+            path.stat().st_mtime_ns,
+            path.stat().st_ino,
+            path.is_dir() or path.read_bytes(),
+        )
+        for path in sorted(Path(folder).rglob("*"))
+    }

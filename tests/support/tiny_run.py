@@ -1,0 +1,52 @@
+"""A recipe so small that a run of it takes seconds, and such a run in this very process."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+from accelerate.state import AcceleratorState, GradientState
+
+import train_accelerate
+from support.texts import write_words
+
+TINY = {
+    "tokenizer": "char",
+    "block_size": 16,
+    "n_layer": 2,
+    "n_head": 2,
+    "n_embd": 32,
+    "batch_size": 8,
+    "gradient_accumulation_steps": 1,
+    "learning_rate": 1e-2,
+    "max_iters": 20,
+    "warmup_iters": 2,
+    "eval_interval": 10,
+    "log_interval": 1,
+}
+
+
+def write_recipe(path: Path, **flags) -> Path:
+    path.write_text("".join(f"{key}: {value}\n" for key, value in flags.items()))
+    return path
+
+
+def train(folder: Path, **flags) -> SimpleNamespace:
+    """Run the trainer in this process on the tiny recipe, and read back what it wrote."""
+    corpus = folder / "corpus.txt"
+    if not corpus.exists():
+        write_words(corpus)
+    flags = {"corpus": corpus, "data_dir": folder / "data", "out_dir": folder / "out"} | TINY | flags
+    AcceleratorState._reset_state(reset_partial_state=True)  # one process, several runs
+    GradientState._reset_state()
+    train_accelerate.main([str(write_recipe(folder / "recipe.yaml", **flags))])
+    out_dir = Path(flags["out_dir"])
+    log = out_dir / "history.jsonl"
+    history = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    return SimpleNamespace(
+        out_dir=out_dir,
+        data_dir=Path(flags["data_dir"]),
+        history=history,
+        losses=[entry["loss"] for entry in history if "loss" in entry],
+        rates=[entry["lr"] for entry in history if "lr" in entry],
+        val_losses=[entry["val_loss"] for entry in history if "val_loss" in entry],
+    )
