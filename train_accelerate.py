@@ -27,13 +27,13 @@ from modeling_nanogpt import NanoGPTForCausalLM
 from modeling_nanogpt import checkpointing as checkpoints
 from modeling_nanogpt.fitting import check_shares, explain_out_of_memory, largest_batch_size
 from modeling_nanogpt.launching import describe, main_first, start_accelerator
-from modeling_nanogpt.optimization import learning_rate_at, make_optimizer
+from modeling_nanogpt.optimization import Schedule, check_optimizer, make_optimizer
 from modeling_nanogpt.progress import Progress
 from modeling_nanogpt.publishing import Report, draw_samples, find_commit
 from modeling_nanogpt.pushing import start_pusher
 from modeling_nanogpt.recording import StepRecord, name_skipped
 from modeling_nanogpt.signals import Signals
-from modeling_nanogpt.sources import find_ckpt, know_tokens
+from modeling_nanogpt.sources import adopt_tokenizer
 from modeling_nanogpt.starting import find_start
 from modeling_nanogpt.throughput import flops_per_token, peak_flops
 from modeling_nanogpt.tracking import Trackers, choose_trackers
@@ -231,13 +231,12 @@ def main(argv: list[str]) -> None:
         config, model, state, learned = start.config, start.model, start.state, None
         began = start.run.get("recipe", {})  # of a resumed run: run.yaml repeats it from its beginning
         recipe |= {key: value for key, value in began.items() if key in vars(model_args)}
-        if model is not None and not find_ckpt(model_args.init_from):  # nanoGPT's files carry no tokenizer
+        if start.source is not None and start.source.carries_tokenizer:
             learned = load_tokenizer(model_args.init_from, "init_from", model_args.revision)
         checkpoints.check_writable(run_args.out_dir)
         windows, processes = run_args.gradient_accumulation_steps * run_args.batch_size, accelerator.num_processes
         check_shares(run_args.gradient_accumulation_steps, windows, run_args.auto_batch_size, accelerator)
-        if run_args.optimizer == "muon" and accelerator.distributed_type == "FSDP":
-            raise ValueError("optimizer=muon needs whole matrices, which FSDP cuts up: take --optimizer=adamw")
+        check_optimizer(run_args.optimizer, sharded=accelerator.distributed_type == "FSDP")
         minimum_tokens = config.block_size + 1
         prepared = main_first(lambda: prepare(data_args, minimum_tokens=minimum_tokens, model_tokenizer=learned))
         record, tokenizer = prepared.record, prepared.tokenizer
@@ -267,7 +266,7 @@ def main(argv: list[str]) -> None:
     if model_args.init_from == "scratch":
         config.vocab_size = -(-len(tokenizer) // 64) * 64  # a multiple of 64 is faster
     model = NanoGPTForCausalLM(config) if model is None else model
-    know_tokens(model, len(tokenizer), tokenizer.eos_token_id)
+    adopt_tokenizer(model, tokenizer)
     model.set_attn_implementation(run_args.attn_implementation)
     if run_args.gradient_checkpointing:
         # transformers has renamed the method; the floor knows the former name alone
@@ -279,8 +278,15 @@ def main(argv: list[str]) -> None:
 
     # -----------------------------------------------------------------------------------------------------------------
     # Optimizer, compile, prepare
-    settings = (run_args.learning_rate, (run_args.beta1, run_args.beta2), run_args.weight_decay)
-    optimizer = make_optimizer(run_args.optimizer, model, *settings, momentum=run_args.momentum)
+    optimizer = make_optimizer(
+        run_args.optimizer,
+        model,
+        learning_rate=run_args.learning_rate,
+        betas=(run_args.beta1, run_args.beta2),
+        weight_decay=run_args.weight_decay,
+        momentum=run_args.momentum,
+    )
+    schedule = Schedule(**{name: getattr(run_args, name) for name in SCHEDULE})
     if run_args.compile:
         model.compile(dynamic=False)  # in place: no wrapper, no prefix in the names of the weights
     parameters = model.num_parameters()
@@ -367,7 +373,7 @@ def main(argv: list[str]) -> None:
             break
 
         # set the learning rate
-        lr = learning_rate_at(step, *(getattr(run_args, name) for name in SCHEDULE))
+        lr = schedule(step)
         for group in optimizer.param_groups:
             group["lr"] = lr
 

@@ -21,7 +21,7 @@ import torch
 import yaml
 
 import train_accelerate
-from modeling_nanogpt import muon
+from modeling_nanogpt import muon, optimization
 from modeling_nanogpt.modeling_nanogpt import NanoGPTPreTrainedModel
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -123,8 +123,8 @@ def around_groups(change):
     """A patch that changes each of Muon's parameter groups."""
 
     def patch():
-        groups = muon.muon_groups
-        muon.muon_groups = lambda *args: [change(group) for group in groups(*args)]
+        groups = optimization.muon_groups
+        optimization.muon_groups = lambda *args: [change(group) for group in groups(*args)]
 
     return patch
 
@@ -237,7 +237,7 @@ def train(job: tuple) -> dict:
     torch.set_num_threads(threads)
     base, variants = STUDIES[study]
     flags = base | variants[variant] | common | {"seed": seed}
-    muon.ADAMW_RATE = flags.pop("adamw_rate", muon.ADAMW_RATE) * flags.pop("adamw_times", 1)
+    optimization.ADAMW_RATE = flags.pop("adamw_rate", optimization.ADAMW_RATE) * flags.pop("adamw_times", 1)
     flags.pop("patch", lambda: None)()
     evaluate, calls = train_accelerate.evaluate, itertools.count()
     # the loop evaluates val, then train; of these only val after the start is looked at here

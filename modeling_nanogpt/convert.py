@@ -30,8 +30,8 @@ from transformers.utils import logging
 from .configuration_nanogpt import NanoGPTConfig
 from .conversion import StateDict, config_to_gpt2, config_to_nanogpt, weights_to_gpt2, weights_to_nanogpt
 from .modeling_nanogpt import NanoGPTForCausalLM
-from .optimization import adamw
-from .sources import build_model, find_ckpt, first_line, read_config, read_weights
+from .optimization import make_optimizer
+from .sources import adopt_tokenizer, build_model, first_line, open_source
 
 
 def read_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -79,7 +79,7 @@ def character_tokenizer(characters: list[str]) -> PreTrainedTokenizerFast:
 def write_nanogpt(folder: Path, config: NanoGPTConfig, weights: StateDict, tokenizer: PreTrainedTokenizerBase) -> None:
     """A model of ours, which never generates an id beyond the tokenizer's."""
     model = build_model(NanoGPTForCausalLM, config, weights, weights["transformer.wte.weight"].dtype)
-    model.generation_config.suppress_tokens = list(range(len(tokenizer), config.vocab_size)) or None
+    adopt_tokenizer(model, tokenizer)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -88,6 +88,7 @@ def write_gpt2(folder: Path, config: NanoGPTConfig, weights: StateDict, tokenize
     """A stock GPT-2 with as many tokens as the tokenizer has: what our vocabulary is padded with is cut off."""
     count, dtype = len(tokenizer), weights["transformer.wte.weight"].dtype
     model = build_model(GPT2LMHeadModel, config_to_gpt2(config, count), weights_to_gpt2(weights, count), dtype)
+    adopt_tokenizer(model, tokenizer)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -96,9 +97,10 @@ def write_ckpt(folder: Path, config: NanoGPTConfig, weights: StateDict, tokenize
     """What nanoGPT's train.py saves, at iteration 0 and with an AdamW that has not stepped yet."""
     model_args = config_to_nanogpt(config)
     model = build_model(NanoGPTForCausalLM, config, weights, weights["transformer.wte.weight"].dtype)
+    optimizer = make_optimizer("adamw", model, learning_rate=6e-4, betas=(0.9, 0.95), weight_decay=0.1)
     checkpoint = {
         "model": weights_to_nanogpt(weights),
-        "optimizer": adamw(model, learning_rate=6e-4, betas=(0.9, 0.95), weight_decay=0.1).state_dict(),
+        "optimizer": optimizer.state_dict(),
         "model_args": model_args,
         "iter_num": 0,
         "best_val_loss": 1e9,
@@ -114,24 +116,23 @@ def convert(source: str, destination: Path, to: str, tokenizer_name: str | None,
     """Write the destination from the source, whole or not at all; raises ValueError where that cannot be."""
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise ValueError(f"{destination} is there already and not empty: name a new folder")
-    config = read_config(source, revision)
+    opened = open_source(source, revision)
+    config = opened.config
     tokenizer = None
     if to != "ckpt":  # nanoGPT keeps no tokenizer with its checkpoints
-        if find_ckpt(source) and not tokenizer_name:
+        if not (opened.carries_tokenizer or tokenizer_name):
             raise ValueError(f"{source} carries no tokenizer: name one by --tokenizer")
         tokenizer = read_tokenizer(tokenizer_name) if tokenizer_name else read_tokenizer(source, revision)
         if len(tokenizer) > config.vocab_size:
             raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, and the model {config.vocab_size}")
         tokenizer.model_max_length = config.block_size
-        config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-        config.pad_token_id = tokenizer.pad_token_id
-    if find_ckpt(source):
+    if not opened.carries_tokenizer:
         print(f"{source}: the optimizer's state is left out", file=sys.stderr)
     staging = destination.with_name(destination.name + ".partial")
     try:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
-        WRITERS[to](staging, config, read_weights(source, revision), tokenizer)
+        WRITERS[to](staging, config, opened.weights(), tokenizer)
         if destination.exists():
             destination.rmdir()
         os.rename(staging, destination)

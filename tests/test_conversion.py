@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, GPT2Co
 
 from modeling_nanogpt import NanoGPTConfig, NanoGPTForCausalLM, conversion, convert
 from modeling_nanogpt.conversion import unwrap, weights_from_gpt2, weights_to_gpt2
-from modeling_nanogpt.sources import build_model, read_config, read_weights
+from modeling_nanogpt.sources import build_model, open_source
 from support.references import exact_gelu, make_counterpart, reference_logits
 from support.tiny_run import TINY, train
 from tokenization.char import train_char_tokenizer
@@ -41,6 +41,11 @@ def gpt2(**changes) -> GPT2LMHeadModel:
     shape = {"vocab_size": 384, "n_positions": 16, "n_layer": 2, "n_head": 4, "n_embd": 32}
     ends = {"bos_token_id": None, "eos_token_id": None}
     return stirred(GPT2LMHeadModel(GPT2Config(**shape | ends | changes)))
+
+
+def load(path: Path) -> NanoGPTForCausalLM:
+    source = open_source(str(path))
+    return source.model(source.config)
 
 
 def logits(model) -> torch.Tensor:
@@ -86,7 +91,7 @@ def run_convert(monkeypatch, *argv) -> None:
 def test_a_nanogpt_checkpoint_has_the_logits_of_the_definition(tmp_path, bias, prefix):
     model = stirred(make_counterpart(bias))
     path = write_ckpt(tmp_path / "ckpt.pt", model, prefix)
-    loaded = build_model(NanoGPTForCausalLM, read_config(path), read_weights(path), torch.float32).eval()
+    loaded = load(path).eval()
     weights = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
     expected = reference_logits(weights, IDS, exact_gelu)
     torch.testing.assert_close(logits(loaded), expected.detach(), atol=1e-5, rtol=1e-5)
@@ -96,7 +101,7 @@ def test_old_mask_buffers_are_left_out(tmp_path):
     model = ours(bias=True)
     buffers = {f"transformer.h.{layer}.attn.bias": torch.ones(1, 1, 16, 16).tril() for layer in range(2)}
     path = write_ckpt(tmp_path / "ckpt.pt", model, model=model.state_dict() | buffers)
-    weights = read_weights(path)
+    weights = open_source(str(path)).weights()
     assert set(weights) == set(model.state_dict())
     assert "transformer.h.0.attn.c_attn.bias" in weights
 
@@ -157,7 +162,7 @@ def test_wrappers_are_taken_off_the_front_only(name, bare):
 def test_a_gpt2_has_the_same_logits_here(tmp_path, changes):
     model = gpt2(**changes)
     model.save_pretrained(tmp_path)
-    loaded = build_model(NanoGPTForCausalLM, read_config(tmp_path), read_weights(tmp_path), torch.float32).eval()
+    loaded = load(tmp_path).eval()
     torch.testing.assert_close(logits(loaded), logits(model), atol=1e-5, rtol=1e-5)
 
 
@@ -211,7 +216,7 @@ def test_a_bare_gpt2_with_mask_buffers_is_read_by_its_own_names():
 def test_a_saved_bare_gpt2_loads(tmp_path):
     whole = gpt2()
     whole.transformer.save_pretrained(tmp_path)
-    loaded = build_model(NanoGPTForCausalLM, read_config(tmp_path), read_weights(tmp_path), torch.float32).eval()
+    loaded = load(tmp_path).eval()
     torch.testing.assert_close(logits(loaded), logits(whole), atol=1e-5, rtol=1e-5)
 
 

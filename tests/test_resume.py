@@ -25,7 +25,7 @@ from modeling_nanogpt.checkpointing import (
     restore,
     save_checkpoint,
 )
-from modeling_nanogpt.optimization import adamw, learning_rate_at
+from modeling_nanogpt.optimization import Schedule, make_optimizer
 from modeling_nanogpt.starting import check_same_run, check_unfinished, superseded_by
 from support.texts import write_words
 from support.tiny_run import TINY, train
@@ -117,7 +117,7 @@ def test_a_resumed_run_and_a_resume_of_it_are_the_run_bit_for_bit(unbroken, fold
 def test_the_learning_rate_goes_on_where_it_was(finished, copied, folder):
     broken_off_after(8, copied)
     resumed = train(folder, out_dir=copied, init_from="resume", **FLAGS)
-    assert resumed.rates == [learning_rate_at(step - 1, 1e-2, 1e-3, 2, 14) for step in (3, 6, 9, 12)]
+    assert resumed.rates == [Schedule(1e-2, 1e-3, 2, 14)(step - 1) for step in (3, 6, 9, 12)]
 
 
 def test_a_finished_run_that_is_resumed_stays_as_it_is(finished, copied, folder):
@@ -467,7 +467,7 @@ def test_the_step_after_99999999_is_the_newest(tmp_path):
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no such list of mapped files here")
 def test_a_run_does_not_hold_on_to_the_file_it_was_resumed_from(finished):
     model = NanoGPTForCausalLM.from_pretrained(finished.out_dir)
-    optimizer = adamw(model, 1e-3, (0.9, 0.95), 0.1)
+    optimizer = make_optimizer("adamw", model, learning_rate=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
     latest = newest_complete(finished.out_dir)
     restore(latest, read_checkpoint(latest)[0], model, optimizer, Accelerator(cpu=True))
     assert len(optimizer.state) == len(list(model.parameters()))

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_accelerate
 from modeling_nanogpt import NanoGPTForCausalLM, muon
-from modeling_nanogpt.optimization import learning_rate_at
+from modeling_nanogpt.optimization import Schedule
 from support import ROOT
 from support.texts import write_words
 from support.tiny_run import TINY, train, write_recipe
@@ -49,7 +49,7 @@ def test_training_learns(run):
 def test_max_iters_counts_optimizer_updates_and_each_has_its_learning_rate(run):
     assert [entry["step"] for entry in run.history if "loss" in entry] == list(range(1, 21))
     assert [entry["step"] for entry in run.history if "val_loss" in entry] == [0, 10, 20]
-    expected = [learning_rate_at(step, 1e-2, 1e-3, 2, 20) for step in range(20)]
+    expected = [Schedule(1e-2, 1e-3, 2, 20)(step) for step in range(20)]
     assert run.rates == pytest.approx(expected, rel=1e-12)
 
 
@@ -109,7 +109,9 @@ def test_accumulated_micro_batches_equal_one_batch(run, tmp_path, batch_size, mi
 
 def test_every_target_of_a_step_counts_the_same_however_short_its_window(tmp_path, monkeypatch):
     # A step of plain gradient descent over two epochs, a short window in each, beside one gradient of all in float64.
-    descend = lambda name, model, lr, *rest, **more: torch.optim.SGD(model.parameters(), lr, fused=True)  # noqa: E731
+    def descend(name, model, *, learning_rate, **unused):
+        return torch.optim.SGD(model.parameters(), learning_rate, fused=True)
+
     monkeypatch.setattr(train_accelerate, "make_optimizer", descend)
     flags = {"windows": "epoch", "max_iters": 1, "eval_interval": 1, "grad_clip": 0, "decay_lr": False}
     flags |= {"dtype": "float32", "learning_rate": 1.0, "block_size": 101, "dropout": 0.0}

@@ -1,4 +1,4 @@
-"""What fits into memory: the largest micro-batch, and what to say when one did not fit."""
+"""What fits: batches into processes and into memory, and what to say if they do not fit."""
 
 import gc
 from collections.abc import Callable
@@ -10,10 +10,13 @@ from transformers import PreTrainedModel
 
 
 def check_shares(micro_batches: int, windows: int, automatic: bool, accelerator: Accelerator) -> None:
-    """Raise ValueError where the processes cannot share out a step: `windows` in all, in so many micro-batches."""
+    """Raise ValueError if the processes cannot share a step of so many micro-batches, or `windows`, equally."""
     processes = accelerator.num_processes
     if automatic and accelerator.device.type != "cuda":
-        raise ValueError("auto_batch_size needs a GPU: elsewhere too large a batch may bring down the system")
+        raise ValueError(
+            "auto_batch_size needs a GPU, because a batch that is too large for the memory of a CPU may bring down "
+            "the system: choose a --batch_size"
+        )
     if (windows if automatic else micro_batches) % processes:
         raise ValueError(
             f"gradient_accumulation_steps={micro_batches} counts the micro-batches of all processes: it must be "
@@ -21,11 +24,18 @@ def check_shares(micro_batches: int, windows: int, automatic: bool, accelerator:
         )
 
 
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Let each block compute its activations again in the backward pass, instead of keeping them."""
+    # recent versions of transformers call it so, and warn about the former name; 5.17 has only the former name
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable()
+
+
 def largest_batch_size(model: PreTrainedModel, windows: int, accelerator: Accelerator) -> int:
     """The largest divisor of `windows` that fits into memory as a micro-batch, on every process.
 
-    It is tried out: a forward and backward pass on each, with room for AdamW's two moments. The model is on its device
-    and not prepared yet, so that no process waits for another that has run out of memory.
+    Each candidate runs a forward and a backward pass, with room for the two moments of AdamW. The model is on its
+    device and not prepared yet, so that no process waits for another one that has run out of memory.
     """
 
     def attempt(batch_size: int) -> None:
@@ -43,7 +53,7 @@ def largest_batch_size(model: PreTrainedModel, windows: int, accelerator: Accele
 
 
 def largest_divisor(windows: int, attempt: Callable[[int], None]) -> int:
-    """The largest divisor of `windows` with which attempt(divisor) does not run out of memory; 1 if none."""
+    """The largest divisor of `windows` for which attempt(divisor) does not run out of memory, or 1."""
     for batch_size in (size for size in range(windows, 0, -1) if windows % size == 0):
         fits = try_batch_size(batch_size, attempt)
         gc.collect()
@@ -51,11 +61,11 @@ def largest_divisor(windows: int, attempt: Callable[[int], None]) -> int:
             torch.cuda.empty_cache()
         if fits:
             return batch_size
-    return 1  # the loop's own words for it will follow
+    return 1  # the loop will run out of memory, and say so
 
 
 def try_batch_size(batch_size: int, attempt: Callable[[int], None]) -> bool:
-    """Whether it fits; the exception, whose frames hold on to tensors, is gone on return."""
+    """Whether a batch fits. The exception is gone on return, because its frames hold on to tensors."""
     try:
         attempt(batch_size)
     except RuntimeError as error:
@@ -66,7 +76,7 @@ def try_batch_size(batch_size: int, attempt: Callable[[int], None]) -> bool:
 
 
 def explain_out_of_memory(batch_size: int, gradient_accumulation_steps: int, gradient_checkpointing: bool) -> str:
-    """What to try: the largest smaller micro-batch that keeps the global batch, and checkpointed activations."""
+    """What to try: the next smaller micro-batch that keeps the global batch, and activation checkpointing."""
     divisors = [k for k in range(2, batch_size + 1) if batch_size % k == 0]
     tries = []
     if divisors:
@@ -75,6 +85,6 @@ def explain_out_of_memory(batch_size: int, gradient_accumulation_steps: int, gra
         tries.append(f"{smaller} keeps the same global batch (--auto_batch_size=true finds the largest on a GPU)")
     if not gradient_checkpointing:
         tries.append("--gradient_checkpointing=true takes less memory for more time")
-    return f"out of memory at batch_size={batch_size}: " + (
-        "; ".join(tries) or "a smaller --block_size or model may do, or FSDP2 on several GPUs"
-    )
+    if not tries:
+        tries.append("try a smaller --block_size or model, or FSDP2 on several GPUs")
+    return f"out of memory at batch_size={batch_size}: " + "; ".join(tries)
