@@ -25,7 +25,7 @@ torture: .venv/installed
 
 conformance: .venv/installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[conformance]"
-	$(BIN)/python tests/conformance/suite.py
+	$(BIN)/python tests/conformance/suite.py -n auto
 
 style: .venv/installed
 	$(BIN)/ruff check .
