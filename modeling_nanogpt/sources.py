@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from . import registration  # noqa: F401  the auto classes know our model from here on
 from .configuration_nanogpt import NanoGPTConfig
 from .conversion import (
     StateDict,

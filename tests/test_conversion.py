@@ -18,7 +18,8 @@ from modeling_nanogpt.conversion import unwrap, weights_from_gpt2, weights_to_gp
 from modeling_nanogpt.sources import build_model, open_source
 from support.references import exact_gelu, make_counterpart, reference_logits
 from support.tiny_run import TINY, train
-from tokenization.char import train_char_tokenizer
+from tokenization.arguments import DataArguments
+from tokenization.prepare import prepare
 
 IDS = torch.randint(0, 50, (2, 16), generator=torch.Generator().manual_seed(0))
 
@@ -70,17 +71,23 @@ def write_ckpt(path: Path, source: NanoGPTForCausalLM, prefix: str = "", **more)
     return path
 
 
+def make_tokenizer(folder: Path, text: str, kind: str = "char") -> str:
+    """A data_dir, in this folder, that holds the tokenizer."""
+    corpus = folder / "corpus.txt"
+    corpus.write_text(text)
+    arguments = DataArguments(corpus=str(corpus), tokenizer=kind, data_dir=str(folder / "data"), val_fraction=0.5)
+    return str(prepare(arguments).folder)
+
+
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory) -> str:
     """A folder with a tokenizer of 322 tokens, fewer than the models here have."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    train_char_tokenizer(["".join(chr(48 + i) for i in range(65))]).save_pretrained(folder)
-    return str(folder)
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"), "".join(chr(48 + i) for i in range(65)))
 
 
 def run_convert(monkeypatch, *argv) -> None:
     monkeypatch.setattr(sys, "argv", ["convert", *map(str, argv)])
-    convert.main()
+    convert.main(convert.parse_arguments())
 
 
 # --- nanoGPT ---------------------------------------------------------------------------------------------------------
@@ -275,9 +282,9 @@ print(json.dumps(tokenizer.decode(model.generate(**inputs, max_new_tokens=10, do
 
 def test_characters_of_a_text_file_are_numbered_as_nanogpt_does(tmp_path, monkeypatch):
     text = "to be, or not\nto be"
-    (tmp_path / "text.txt").write_text(text)
     path = write_ckpt(tmp_path / "ckpt.pt", ours(vocab_size=len(set(text))))
-    run_convert(monkeypatch, path, tmp_path / "b", "--tokenizer", tmp_path / "text.txt")
+    folder = make_tokenizer(tmp_path, text, kind=str(tmp_path / "corpus.txt"))  # as --help says
+    run_convert(monkeypatch, path, tmp_path / "b", "--tokenizer", folder)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "b")
     numbers = {character: i for i, character in enumerate(sorted(set(text)))}
     assert tokenizer(text).input_ids == [numbers[character] for character in text]
@@ -287,7 +294,7 @@ def test_characters_of_a_text_file_are_numbered_as_nanogpt_does(tmp_path, monkey
 @pytest.mark.skipif("TIKTOKEN_CACHE_DIR" not in os.environ, reason="needs GPT-2's vocabulary in TIKTOKEN_CACHE_DIR")
 def test_the_tokenizer_gpt2_is_tiktokens(tmp_path, monkeypatch):
     path = write_ckpt(tmp_path / "ckpt.pt", ours(vocab_size=50304))
-    run_convert(monkeypatch, path, tmp_path / "b", "--tokenizer", "gpt2")
+    run_convert(monkeypatch, path, tmp_path / "b", "--tokenizer", make_tokenizer(tmp_path, "to be or not", "gpt2"))
     tokenizer, encoding = AutoTokenizer.from_pretrained(tmp_path / "b"), tiktoken.get_encoding("gpt2")
     assert len(tokenizer) == 50257 and tokenizer.eos_token_id == encoding.eot_token == 50256
     draw = random.Random(0)
@@ -360,7 +367,6 @@ def inputs(tmp_path, tokenizer):
     write_ckpt(tmp_path / "small.pt", ours(vocab_size=65))
     BertConfig().save_pretrained(tmp_path / "bert")
     ours().save_pretrained(tmp_path / "untokenized")
-    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\xff")
     return tmp_path
 
 
@@ -379,8 +385,9 @@ def inputs(tmp_path, tokenizer):
         (["bert", "new"], "bert"),
         (["untokenized", "new"], "--tokenizer"),
         (["good", "new"], "--tokenizer"),
+        (["good", "new"], "python -m tokenization.prepare"),
         (["good", "new", "--tokenizer=empty"], "empty"),
-        (["good", "new", "--tokenizer=bytes.txt"], "UTF-8"),
+        (["good", "new", "--tokenizer=text.txt"], "python -m tokenization.prepare"),
         (["small.pt", "new", "--tokenizer=TOKENIZER"], "322 tokens"),
         (["good", "bert", "--tokenizer=TOKENIZER"], "bert"),
         (["good", "text.txt", "--tokenizer=TOKENIZER"], "text.txt"),
