@@ -272,7 +272,7 @@ def main(model_args: ModelArguments, data_args: DataArguments, run_args: RunArgu
         log.close()
         accelerator.end_training()
         return
-    batches = training_batches(hooks.training_stream(train), draw, state.step, **size)
+    batches = training_batches(hooks.training_stream(train, state.step), draw, state.step, **size)
     saver = Saver(
         accelerator, model, optimizer.optimizer, tokenizer, facts, start, pusher=pusher, card=RECIPES / "MODEL_CARD.md"
     )

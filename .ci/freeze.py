@@ -9,11 +9,12 @@ import json
 import subprocess
 import sys
 import tempfile
-import tomllib
 import venv
 from collections import defaultdict
 from importlib.metadata import distributions
 from pathlib import Path
+
+import tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAD = """\

@@ -10,8 +10,8 @@ class Hooks:
     def before_evaluation(self, step: int) -> None:
         """The model is about to be evaluated, after so many optimizer steps."""
 
-    def training_stream(self, stream):
-        """The stream that training reads its windows from; evaluation reads from streams of its own."""
+    def training_stream(self, stream, first_step: int):
+        """The stream from which training reads its windows, beginning with those of first_step."""
         return stream
 
 

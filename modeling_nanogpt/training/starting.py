@@ -1,6 +1,7 @@
 """Where a run starts: from scratch, from the checkpoint of a run that stopped, or from a trained model."""
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 
 from ..configuration_nanogpt import NanoGPTConfig
@@ -97,7 +98,7 @@ def find_checkpoint(init_from: str, out_dir: Path) -> Path | None:
 # What contradicts a start
 
 
-def check_same_run(folder: Path, step: int, run: dict, recipe: dict) -> None:
+def check_same_run(folder: Path, step: int, run: dict, recipe: dict, shaping: Iterable[str] = SHAPING) -> None:
     """Raise ValueError if the recipe differs from the checkpoint's in a flag that shapes what is learned.
 
     The batches may be cut in another way, if a step sees the same number of windows. A run may be made longer.
@@ -112,7 +113,7 @@ def check_same_run(folder: Path, step: int, run: dict, recipe: dict) -> None:
             f"batch_size * gradient_accumulation_steps is {ours}, but {folder} was trained with {theirs}: change one "
             "of the two flags"
         )
-    for key in SHAPING:
+    for key in shaping:
         ours, theirs = recipe[key], run["recipe"].get(key)
         if ours != theirs:
             raise ValueError(

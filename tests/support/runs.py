@@ -5,6 +5,7 @@ import signal
 import socket
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -14,6 +15,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 
 import train_accelerate
+from modeling_nanogpt.training.hooks import Hooks
 from support import ROOT
 from support.forks import fork
 from support.texts import write_words
@@ -66,7 +68,7 @@ def live(argv: list[str], log: str, before: tuple, environment: dict) -> None:
     torch.set_num_threads(1)
     for function, *arguments in before:
         function(*arguments)
-    train_accelerate.run(argv)
+    train_accelerate.run(train_accelerate.parse_arguments(argv), HOOKS)
 
 
 def finish(*processes: BaseProcess, seconds: float = 300) -> list[int]:
@@ -104,16 +106,36 @@ class LoggedStream:
         return self.stream.windows(offsets, lengths, block_size)
 
 
+class RunHooks(Hooks):
+    """Hooks that call functions at given steps, and note in a file the windows that are trained on."""
+
+    def __init__(self):
+        self.step = None  # the step that the run is in
+        self.at_steps, self.at_evaluations = defaultdict(list), defaultdict(list)
+        self.windows_log = None  # a file descriptor
+
+    def before_step(self, step):
+        self.step = step
+        for function, arguments in self.at_steps[step]:
+            function(*arguments)
+
+    def before_evaluation(self, step):
+        for function, arguments in self.at_evaluations[step]:
+            function(*arguments)
+
+    def training_stream(self, stream, first_step):
+        if self.windows_log is None:
+            return stream
+        os.write(self.windows_log, f"{first_step}\n".encode())
+        return LoggedStream(stream, self.windows_log)
+
+
+HOOKS = RunHooks()  # of the run in this process
+
+
 def log_windows(path: str) -> None:
     """Note in a file the step that training begins with, and then the windows that are trained on."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    batches_of = train_accelerate.training_batches
-
-    def logged(stream, draw, step, *size):
-        os.write(descriptor, f"{step}\n".encode())
-        return batches_of(LoggedStream(stream, descriptor), draw, step, *size)
-
-    train_accelerate.training_batches = logged
+    HOOKS.windows_log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
 
 def read_windows(path: Path) -> tuple[int, list[list[int]]]:
@@ -138,14 +160,7 @@ def die_at_file_operation(count: int, folder: str) -> None:
 
 def at_step(step: int, function: Callable, *arguments) -> None:
     """Call a function when training comes to a step, before its windows are looked at."""
-    seed_dropout = train_accelerate.seed_dropout
-
-    def first(seed, now, process):
-        if now == step:
-            function(*arguments)
-        seed_dropout(seed, now, process)
-
-    train_accelerate.seed_dropout = first
+    HOOKS.at_steps[step].append((function, arguments))
 
 
 def send_itself(number: int) -> None:
