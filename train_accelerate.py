@@ -13,7 +13,6 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -41,8 +40,7 @@ from modeling_nanogpt.tracking import Trackers, choose_trackers
 from tokenization.arguments import DataArguments, FlagParser, knob
 from tokenization.loading import load_tokenizer
 from tokenization.prepare import prepare
-from tokenization.sharing import find_data_dir
-from tokenization.windows import TokenStream, evaluation_windows, open_stream, training_windows
+from tokenization.windows import TokenStream, Windows, evaluation_windows, training_windows
 
 RECIPES = Path(__file__).parent / "hub_configs"
 LOSS_ONLY = {"skip_logits": True, "use_cache": False}  # what the model need not return in training
@@ -176,11 +174,11 @@ def training_batches(
     same: the mean number of targets in its micro-batches, over all processes.
     """
     while True:
-        offsets, targets = (part.reshape(-1, accelerator.num_processes, batch_size) for part in draw(step))
-        items = targets.sum().item() / (offsets.size // batch_size)
-        for micro_step in range(len(offsets)):
-            mine = (offsets[micro_step, accelerator.process_index], targets[micro_step, accelerator.process_index])
-            yield *to_device(stream.windows(*mine, block_size), accelerator.device), items
+        windows: Windows = draw(step)
+        items = windows.lengths.sum().item() / (len(windows) // batch_size)
+        for mine in windows.shares(batch_size, accelerator.num_processes, accelerator.process_index):
+            ids = stream.windows(mine.offsets, mine.lengths, block_size)
+            yield *to_device(ids, accelerator.device), items
         step += 1
 
 
@@ -199,19 +197,18 @@ def evaluate(
     accelerator: Accelerator,
 ) -> float:
     """Mean loss in nats a token over fixed windows: the same for any batch size and any number of processes."""
-    windows = evaluation_windows(len(stream), block_size, tokens)
-    # Every process runs as many full batches: those that fill them up have no target.
-    filling = -len(windows[0]) % (batch_size * accelerator.num_processes)
-    padded = (np.append(part, np.zeros(filling, dtype=np.int64)) for part in windows)
-    shared = (part.reshape(-1, accelerator.num_processes, batch_size)[:, accelerator.process_index] for part in padded)
+    windows = evaluation_windows(len(stream), block_size=block_size, tokens=tokens)
+    # Pad with empty windows, so that every process runs the same number of full batches.
+    padded = windows.padded(batch_size * accelerator.num_processes)
     model.eval()
     sums = []
-    for mine in zip(*shared, strict=True):
-        inputs, targets = to_device(stream.windows(*mine, block_size), accelerator.device)
+    for mine in padded.shares(batch_size, accelerator.num_processes, accelerator.process_index):
+        ids = stream.windows(mine.offsets, mine.lengths, block_size)
+        inputs, targets = to_device(ids, accelerator.device)
         loss = model(inputs, shift_labels=targets, num_items_in_batch=1, **LOSS_ONLY).loss  # so the mean is the sum
         sums.append(loss)
     model.train()
-    return accelerator.gather(torch.stack(sums)).cpu().double().sum().item() / windows[1].sum()
+    return accelerator.gather(torch.stack(sums)).cpu().double().sum().item() / windows.lengths.sum()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -241,12 +238,12 @@ def main(argv: list[str]) -> None:
         check_shares(run_args.gradient_accumulation_steps, windows, run_args.auto_batch_size, accelerator)
         if run_args.optimizer == "muon" and accelerator.distributed_type == "FSDP":
             raise ValueError("optimizer=muon needs whole matrices, which FSDP cuts up: take --optimizer=adamw")
-        record = main_first(lambda: prepare(data_args, minimum_tokens=config.block_size + 1, learned=learned))
+        minimum_tokens = config.block_size + 1
+        prepared = main_first(lambda: prepare(data_args, minimum_tokens=minimum_tokens, model_tokenizer=learned))
+        record, tokenizer = prepared.record, prepared.tokenizer
         data = {key: record[key] for key in ("sha256", "vocab_size", "tokens")}
         if start.resumed and start.run["data"] != data:
             raise ValueError(f"data_dir={data_args.data_dir} holds other data than {start.resumed} was trained on")
-        data_dir = find_data_dir(data_args.data_dir, data_args.corpus)
-        tokenizer = load_tokenizer(str(data_dir), "data_dir")
         if model is not None and len(tokenizer) > config.vocab_size:
             raise ValueError(
                 f"{data_args.data_dir} has {len(tokenizer)} tokens, but init_from={model_args.init_from} "
@@ -262,7 +259,7 @@ def main(argv: list[str]) -> None:
     disable_progress_bar()  # of saving: the bar here is the loop's
     device = accelerator.device
     tokenizer.model_max_length = config.block_size
-    train, val = open_stream(data_dir, "train"), open_stream(data_dir, "val")
+    train, val = prepared.stream("train"), prepared.stream("val")
 
     # -----------------------------------------------------------------------------------------------------------------
     # Model
@@ -273,7 +270,8 @@ def main(argv: list[str]) -> None:
     know_tokens(model, len(tokenizer), tokenizer.eos_token_id)
     model.set_attn_implementation(run_args.attn_implementation)
     if run_args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers has renamed the method; the floor knows the former name alone
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     model.to(device).train()
     if run_args.auto_batch_size:
         run_args.batch_size = largest_batch_size(model, windows // processes, accelerator)
@@ -338,8 +336,11 @@ def main(argv: list[str]) -> None:
 
     # -----------------------------------------------------------------------------------------------------------------
     # The loop: one step is one optimizer update
-    draw = partial(training_windows, data_args.windows, run_args.seed)
-    draw = partial(draw, count=windows, stream_length=len(train), block_size=config.block_size)
+    sampling = {"order": data_args.windows, "seed": run_args.seed, "count": windows, "block_size": config.block_size}
+
+    def draw(step: int) -> Windows:
+        return training_windows(train, step=step, **sampling)
+
     batches = training_batches(train, draw, state.step, run_args.batch_size, config.block_size, accelerator)
     inputs, targets, items = next(batches)
     seen = StepRecord(accelerator)  # what the steps came to
@@ -392,7 +393,7 @@ def main(argv: list[str]) -> None:
         logging = state.step % run_args.log_interval == 0
         if saving or logging:
             for index, micro_batches in seen.look(state):
-                offsets = draw(index)[0].reshape(-1, processes, run_args.batch_size)
+                offsets = draw(index).offsets.reshape(-1, processes, run_args.batch_size)
                 bar.say(name_skipped(index, micro_batches, offsets))
             if seen.most_in_a_row >= run_args.max_nonfinite_steps:
                 last = checkpoints.newest_complete(out_dir) or "none yet"

@@ -15,7 +15,7 @@ class NanoGPTConfig(PreTrainedConfig):
     """
 
     model_type = "nanogpt"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]  # one thing: transformers 5.24 renamed it
     attribute_map = {
         "n_positions": "block_size",
         "max_position_embeddings": "block_size",

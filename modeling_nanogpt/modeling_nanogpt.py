@@ -26,6 +26,40 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_nanogpt import NanoGPTConfig
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The versions of transformers. Release 5.24 renamed the argument and output `past_key_values` to `cache`. This section
+# and the two uses of CACHE below are all that knows about it. Once no older release is supported: delete the section,
+# and write `cache` for the keyword.
+
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
+def resolve_cache(cache, past_key_values, kwargs: dict) -> tuple[Cache | None, dict]:
+    """The key/value cache of a call, which comes by either name, and the keyword arguments for the attention function.
+
+    Raises ValueError if both names are given, for a cache in the tuple format of transformers 4, and for a cache or a
+    mask under a name that this model does not know: ignoring such an argument would give wrong text in silence.
+    """
+    if cache is not None and past_key_values is not None:
+        raise ValueError("give the key/value cache once: either as cache or as past_key_values")
+    cache = past_key_values if cache is None else cache
+    if isinstance(cache, tuple | list):
+        raise ValueError(f"the cache is a {type(cache).__name__}: give a transformers Cache, as DynamicCache()")
+    for name, value in kwargs.items():
+        changes_attention = "mask" in name or "past" in name or name.startswith("encoder_")
+        if value is not None and (changes_attention or isinstance(value, Cache)):
+            raise ValueError(
+                f"{name} is unknown to this model: the key/value cache is cache (or past_key_values), "
+                "and the mask is attention_mask"
+            )
+    if CACHE != "cache" and not isinstance(cache, Cache | None):
+        return None, kwargs | {"cache": cache}  # before 5.24, the attention function itself updates a paged cache
+    return cache, kwargs
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The network
+
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
     """Attention spelled out; the other implementations (sdpa, flash, flex) come from transformers.
@@ -61,7 +95,6 @@ class NanoGPTAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         input_shape = hidden_states.shape[:-1]
@@ -69,8 +102,10 @@ class NanoGPTAttention(nn.Module):
         query, key, value = (
             x.view(heads).transpose(1, 2) for x in self.c_attn(hidden_states).split(self.config.n_embd, dim=-1)
         )  # (B, H, T, D) each
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)  # (B, H, S, D)
+        cache = kwargs.pop(CACHE, None)
+        if cache is not None:
+            # a paged cache also puts what the attention function needs into kwargs
+            key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)  # (B, H, S, D)
 
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -124,7 +159,7 @@ class NanoGPTPreTrainedModel(PreTrainedModel):
     base_model_prefix = "transformer"
     _input_embed_layer = "wte"
     _no_split_modules = ["NanoGPTBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -172,9 +207,10 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         """Embed the tokens and run the blocks.
@@ -186,27 +222,17 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        cache, kwargs = resolve_cache(cache, past_key_values, kwargs)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if inputs_embeds is None:
             inputs_embeds = self.wte(input_ids)  # (B, T, C)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
 
-        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-        # Where nothing but order matters, sdpa is causal without a mask, and only so does it have its fastest kernel;
-        # under torch.compile create_causal_mask may make one all the same. It would also search positions for packed
-        # sequences, a device synchronisation a step, so it sees only those that the caller gave.
-        in_order = attention_mask is None and position_ids is None and past_key_values is None
-        if not (in_order and self.config._attn_implementation == "sdpa") or torch.compiler.is_exporting():
-            attention_mask = create_causal_mask(
-                config=self.config,
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                position_ids=position_ids,
-            )
+        attention_mask = self.causal_mask_or_none(inputs_embeds, attention_mask, position_ids, cache)
+        seen = cache.get_seq_length() if isinstance(cache, Cache) else 0
         if position_ids is None:
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + seen  # (1, T)
-        self._check_positions(seen, position_ids)
+        self.check_positions(position_ids, seen)
 
         hidden_states = self.drop(inputs_embeds + self.wpe(position_ids))  # (B, T, C)
         for block in self.h:
@@ -214,15 +240,37 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
                 hidden_states,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
+                **{CACHE: cache},
                 **kwargs,
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.ln_f(hidden_states), past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=self.ln_f(hidden_states), **{CACHE: cache})
 
-    def _check_positions(self, seen, position_ids):
-        # Learned positions end at block_size; beyond it the lookup would be an IndexError on CPU and a dead process on
-        # CUDA. There a look at the positions is a synchronisation, so only input longer than block_size gets one.
+    def causal_mask_or_none(self, inputs_embeds, attention_mask, position_ids, cache):
+        """The mask in the form that the attention function wants, or None if that function is causal by itself.
+
+        Without padding, cache or given positions, SDPA needs no mask, and only then uses its fastest kernel.
+        create_causal_mask would sometimes make one even so, under torch.compile. It sees only the positions that the
+        caller gave: it searches them for packed sequences, and on a GPU that search waits for the device.
+        """
+        only_order_matters = attention_mask is None and position_ids is None and cache is None
+        uses_sdpa = self.config._attn_implementation == "sdpa"
+        if only_order_matters and uses_sdpa and not torch.compiler.is_exporting():
+            return None
+        return create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            **{CACHE: cache},
+        )
+
+    def check_positions(self, position_ids, seen):
+        """Raise ValueError if a position lies beyond block_size.
+
+        The lookup itself would be an IndexError on a CPU and would end the process on a GPU. There, reading positions
+        waits for the device, so it happens only if the cached and the new tokens together exceed block_size.
+        """
         if torch.compiler.is_compiling():
             return
         too_long = not torch.is_tensor(seen) and seen + position_ids.shape[1] > self.config.block_size
@@ -267,12 +315,13 @@ class NanoGPTForCausalLM(NanoGPTPreTrainedModel, GenerationMixin):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool = False,
+        past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         """Next-token logits (B, T, V) and, with labels, the mean cross-entropy in nats.
@@ -289,9 +338,10 @@ class NanoGPTForCausalLM(NanoGPTPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            past_key_values=past_key_values,
             **kwargs,
         )
         logits = self.lm_head(select_positions(outputs.last_hidden_state, logits_to_keep))  # (B, T, V)
@@ -304,9 +354,9 @@ class NanoGPTForCausalLM(NanoGPTPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=None if skip_logits else logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE: outputs.get(CACHE)},
         )
 
 

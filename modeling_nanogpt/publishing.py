@@ -15,6 +15,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from transformers import PreTrainedTokenizerBase
 
 from .configuration_nanogpt import NanoGPTConfig
+from .modeling_nanogpt import CACHE
 from .notes import notes_of, with_notes
 from .throughput import flops_per_token
 
@@ -180,11 +181,11 @@ def draw_samples(
     new, cache = ids, None
     with torch.compiler.set_stance("force_eager"):  # one token at a time is no shape to compile for
         while ids.shape[1] < min(block_size, 100):
-            output = model(input_ids=new.to(device), past_key_values=cache, use_cache=True)
+            output = model(input_ids=new.to(device), cache=cache, use_cache=True)
             logits = output.logits[:, -1, : len(tokenizer)].float().cpu() / 0.8
             likeliest = logits.topk(min(200, logits.shape[1]))
             choice = torch.multinomial(likeliest.values.softmax(-1), 1, generator=generator)
-            new, cache = likeliest.indices.gather(1, choice), output.past_key_values  # (3, 1)
+            new, cache = likeliest.indices.gather(1, choice), output[CACHE]  # (3, 1)
             ids = torch.cat([ids, new], dim=1)
     model.train(was_training)
     rows, end = [row[len(start) :] for row in ids.tolist()], tokenizer.eos_token_id

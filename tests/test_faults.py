@@ -200,7 +200,8 @@ def test_a_step_that_is_not_finite_is_named_and_changes_nothing(folder, tmp_path
     spoil([5], how)
     flags = FLAGS | {"save_interval": 1, "keep_checkpoints": 99, "grad_clip": grad_clip, "log_interval": 3}
     run = train(folder, out_dir=tmp_path / "out", **flags)
-    offsets, _ = training_windows("random", 1337, 5, 8, len(open_stream(str(run.data_dir), "train")), 16)
+    stream = open_stream(run.data_dir, "train")
+    offsets = training_windows(stream, order="random", seed=1337, step=5, count=8, block_size=16).offsets
     where = f"(windows at tokens {', '.join(map(str, offsets))} of train)"
     said = [line for line in capsys.readouterr().out.splitlines() if "skipped" in line]
     assert said == [f"step 6: the {how} is not finite, and its update is skipped {where}"]

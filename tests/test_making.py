@@ -460,4 +460,7 @@ def test_a_bpe_is_trained_on_the_beginning_of_a_long_text(tmp_path, monkeypatch)
 def test_reading_is_left_to_the_corpus(tmp_path):
     corpus = open_corpus(DataArguments(corpus=write_text(tmp_path / "text.txt", "ab " * 10)))
     assert "".join(text for text, _ in corpus.read()) == "ab " * 10
-    assert prepare(DataArguments(corpus.name, data_dir=str(tmp_path / "data")))["documents"] == {"train": 1, "val": 1}
+    assert prepare(DataArguments(corpus.name, data_dir=str(tmp_path / "data"))).record["documents"] == {
+        "train": 1,
+        "val": 1,
+    }

@@ -104,6 +104,11 @@ def test_any_number_of_processes_logs_the_same_losses_and_learning_rates(togethe
     assert_close(together, alone)
 
 
+def drawn(stream, step):
+    """The windows of a step of these runs."""
+    return training_windows(stream, order="random", seed=1337, step=step, count=8, block_size=16)
+
+
 def test_the_first_line_says_how_many_processes_run_and_how(alone, two, four):
     for run, words in ((alone, "1 process"), (two, "2 processes by DDP"), (four, "4 processes by DDP")):
         said = [line for line in run.said.splitlines() if "process" in line]
@@ -121,7 +126,7 @@ def test_each_process_trains_on_its_share_of_the_steps_windows(request, folder, 
         shares.append(np.array(batches)[: STEPS * 4 // processes].reshape(STEPS, 4 // processes, 2))
     for step in range(STEPS):
         ours = np.stack([share[step] for share in shares], axis=1).ravel()  # micro-batch by micro-batch
-        assert ours.tolist() == training_windows("random", 1337, step, 8, len(stream), 16)[0].tolist()
+        assert ours.tolist() == drawn(stream, step).offsets.tolist()
 
 
 def test_what_several_processes_saved_is_the_same_folder(together, alone):
@@ -349,8 +354,7 @@ def test_a_loss_that_is_not_finite_on_one_process_is_skipped_on_all(folder, tmp_
     else:
         run = run_together(folder, tmp_path / "out", 2, *flags, before=lambda rank: hooks)
     stream = open_stream(str(folder / "data"), "train")
-    offsets, _ = training_windows("random", 1337, 6, 8, len(stream), 16)
-    offsets = offsets.reshape(2, 2, 2)[:, 1].ravel().tolist()
+    offsets = drawn(stream, 6).offsets.reshape(2, 2, 2)[:, 1].ravel().tolist()
     where = f"(windows at tokens {', '.join(map(str, offsets))} of train)"
     assert f"step 7: the loss is not finite, and its update is skipped {where}" in run.said
     assert run.skipped == 1

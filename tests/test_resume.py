@@ -218,7 +218,7 @@ def test_step_a_million_is_reached_at_once(finished, copied, folder, monkeypatch
     monkeypatch.setattr(
         train_accelerate,
         "training_windows",
-        lambda *args, **sizes: (seen.append(args[2]), windows_of(*args, **sizes))[1],
+        lambda stream, *, step, **flags: (seen.append(step), windows_of(stream, step=step, **flags))[1],
     )
     flags = FLAGS | {"max_iters": 10**6 + 2, "save_interval": 10**6}
     train(folder, out_dir=copied, init_from="resume", **flags)

@@ -44,8 +44,8 @@ def rows(hub):
 
 def test_a_dataset_of_the_hub_is_a_corpus(hub, rows, tmp_path):
     code = PREPARE + (
-        "record = prepare(DataArguments(**flags))\n"
-        "assert prepare(DataArguments(**flags)) == record\n"  # a second run
+        "record = prepare(DataArguments(**flags)).record\n"
+        "assert prepare(DataArguments(**flags)).record == record\n"  # a second run
         "print(record['revision'])\n"
         "wrong = dict(text_column='text', corpus_split='x', corpus_config='x', corpus='bob/x', corpus_revision='x')\n"
         "for key, value in wrong.items():\n"
@@ -154,12 +154,9 @@ import numpy as np
 from datasets import load_dataset
 from tokenization.arguments import DataArguments
 from tokenization.prepare import prepare
-from tokenization.sharing import find_data_dir
-from tokenization.windows import open_stream
 rows = load_dataset("alice/tokens")
-record = prepare(DataArguments(corpus="", data_dir="alice/tokens"))
-found = find_data_dir("alice/tokens", None)
-streams = {split: open_stream(found, split) for split in ("train", "val")}
+found = prepare(DataArguments(corpus="", data_dir="alice/tokens"))
+streams = {split: found.stream(split) for split in ("train", "val")}
 ids = {s: x.windows(np.array([0]), np.array([len(x) - 1]), len(x) - 1)[0].tolist() for s, x in streams.items()}
 for split in ids:
     assert np.array(rows[split]["input_ids"]).reshape(-1)[: len(ids[split])].tolist() == ids[split]

@@ -115,16 +115,17 @@ def test_every_target_of_a_step_counts_the_same_however_short_its_window(tmp_pat
     flags |= {"dtype": "float32", "learning_rate": 1.0, "block_size": 101, "dropout": 0.0}
     run = train(tmp_path, **flags, batch_size=3, gradient_accumulation_steps=36)
     stream = open_stream(run.data_dir, "train")
-    offsets, targets = training_windows("epoch", 1337, 0, 108, len(stream), 101)
-    assert sorted(targets.tolist())[:3] == [47, 47, 101]
+    windows = training_windows(stream, order="epoch", seed=1337, step=0, count=108, block_size=101)
+    offsets, lengths = windows.offsets, windows.lengths
+    assert sorted(lengths.tolist())[:3] == [47, 47, 101]
     trained = AutoModelForCausalLM.from_pretrained(run.out_dir)
     set_seed(1337)
     model = NanoGPTForCausalLM(trained.config)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     model.double()
-    ids = torch.from_numpy(stream.windows(offsets, targets, 101))
+    ids = torch.from_numpy(stream.windows(offsets, lengths, 101))
     logits = model(ids[:, :-1].clamp(min=0)).logits.transpose(1, 2)
-    loss = torch.nn.functional.cross_entropy(logits, ids[:, 1:], reduction="sum") / targets.sum()
+    loss = torch.nn.functional.cross_entropy(logits, ids[:, 1:], reduction="sum") / lengths.sum()
     assert loss.item() == pytest.approx(run.losses[0], abs=1e-5)
     loss.backward()
     for name, weight in model.named_parameters():

@@ -13,6 +13,7 @@ from tokenization import windows as windows_module
 from tokenization.windows import (
     NO_TARGET,
     TokenStream,
+    Windows,
     epoch_windows,
     evaluation_windows,
     open_stream,
@@ -36,6 +37,19 @@ def sliced_windows(ids, offsets, targets, block_size):
         for k in range(count + 1):
             windows[i, k] = ids[(offset + k) % len(ids)]
     return windows
+
+
+def both(windows):
+    """Offsets and lengths, each (N,) int64."""
+    assert windows.offsets.dtype == windows.lengths.dtype == np.int64
+    assert windows.offsets.shape == windows.lengths.shape == (len(windows),)
+    return windows.offsets, windows.lengths
+
+
+def draw(order, seed, step, count, length, block_size):
+    """The windows of a step on a stream of this length."""
+    stream = range(length)
+    return both(training_windows(stream, order=order, seed=seed, step=step, count=count, block_size=block_size))
 
 
 def whole(stream, length):
@@ -164,8 +178,8 @@ def test_each_split_is_a_stream_of_its_own(tmp_path):
 
 
 def random_offsets(*arguments):
-    offsets, targets = training_windows("random", *arguments)
-    assert targets.dtype == np.int64 and (targets == arguments[-1]).all() and targets.shape == offsets.shape
+    offsets, lengths = draw("random", *arguments)
+    assert (lengths == arguments[-1]).all()
     return offsets
 
 
@@ -230,12 +244,11 @@ def test_the_windows_of_a_step_are_the_same_for_any_number_of_processes(processe
     ids = np.arange(5000, dtype=np.uint16)
     stream = TokenStream(cut(ids, [1234, 3766]), 5000)
     for step in (0, 1, 13, 999):
-        drawn = training_windows(kind, 7, step, count, len(stream), block_size)
-        alone = stream.windows(*drawn, block_size)
-        shared = [part.reshape(-1, processes, batch_size) for part in drawn]  # (micro-batches, processes, windows)
+        drawn = training_windows(stream, order=kind, seed=7, step=step, count=count, block_size=block_size)
+        alone = stream.windows(*both(drawn), block_size)
         taken = [
-            [stream.windows(*mine, block_size) for mine in zip(*(part[:, index] for part in shared), strict=True)]
-            for index in range(processes)
+            [stream.windows(*both(mine), block_size) for mine in drawn.shares(batch_size, processes, rank)]
+            for rank in range(processes)
         ]
         # Side by side, the micro-batches of all processes are those of one process, in its order.
         np.testing.assert_array_equal(alone, np.stack(taken, axis=1).reshape(-1, block_size + 1))
@@ -252,7 +265,7 @@ def targets_of(offsets, targets, length):
 
 def whole_epoch(seed, epoch, length, block_size):
     count = -(-length // block_size)
-    return epoch_windows(seed, epoch, np.arange(count), length, block_size)
+    return both(epoch_windows(seed, epoch, np.arange(count), length, block_size))
 
 
 @settings(deadline=None, derandomize=True, max_examples=300)
@@ -260,7 +273,6 @@ def whole_epoch(seed, epoch, length, block_size):
 def test_in_an_epoch_every_token_is_a_target_once(length, block_size, seed, epoch):
     block_size = min(block_size, length - 1)
     offsets, targets = whole_epoch(seed, epoch, length, block_size)
-    assert offsets.dtype == targets.dtype == np.int64
     assert sorted(targets_of(offsets, targets, length)) == list(range(length))
     assert (targets < block_size).sum() <= 1 and targets.min() >= 1
 
@@ -281,28 +293,28 @@ def test_steps_cut_the_run_of_all_epochs_wherever_they_fall(length, block_size, 
     epochs = [whole_epoch(seed, epoch, length, block_size) for epoch in range(3)]
     offsets, targets = (np.concatenate(parts) for parts in zip(*epochs, strict=True))
     for step in range(len(offsets) // count):
-        drawn = training_windows("epoch", seed, step, count, length, block_size)
+        drawn = draw("epoch", seed, step, count, length, block_size)
         np.testing.assert_array_equal(drawn[0], offsets[step * count : (step + 1) * count])
         np.testing.assert_array_equal(drawn[1], targets[step * count : (step + 1) * count])
 
 
 def test_a_step_may_hold_several_epochs():
-    offsets, targets = training_windows("epoch", 0, 1, 100, 10, 4)  # 3 windows an epoch
+    offsets, targets = draw("epoch", 0, 1, 100, 10, 4)  # 3 windows an epoch
     counts = np.bincount(targets_of(offsets, targets, 10), minlength=10)
     assert counts.min() >= 32 and counts.max() <= 35
 
 
 def test_epoch_windows_are_these():
     # Literals, for the same reason as those of random ones.
-    offsets, targets = training_windows("epoch", 1337, 0, 8, 1_003_854, 256)
+    offsets, targets = draw("epoch", 1337, 0, 8, 1_003_854, 256)
     assert offsets.tolist() == [150777, 867143, 262905, 838215, 470087, 455239, 287225, 898375]
     assert targets.tolist() == [256] * 8
-    late, _ = training_windows("epoch", 0, 10**6, 4, 2**33, 1024)
+    late, _ = draw("epoch", 0, 10**6, 4, 2**33, 1024)
     assert late.tolist() == [8131502967, 3405775735, 6449592183, 6105521015]
 
 
 def test_a_late_epoch_is_reached_at_once():
-    offsets, targets = training_windows("epoch", 5, 2**50, 12, 10**13, 1024)  # nothing the size of the stream is made
+    offsets, targets = draw("epoch", 5, 2**50, 12, 10**13, 1024)  # nothing the size of the stream is made
     assert len(offsets) == len(targets) == 12 and (offsets >= 0).all() and (offsets < 10**13).all()
 
 
@@ -321,7 +333,7 @@ def test_the_permutation_is_one(count, key):
 
 def test_the_permutation_shuffles():
     count, draws = 100, 4000
-    starts = np.array([epoch_windows(0, epoch, np.arange(3), count * 8, 8)[0] for epoch in range(draws)])
+    starts = np.array([epoch_windows(0, epoch, np.arange(3), count * 8, 8).offsets for epoch in range(draws)])
     phases = np.array([int(np.random.Philox(key=0, counter=[0, e, 1, 0]).random_raw()) % 800 for e in range(draws)])
     places = (starts - phases[:, None]) % 800 // 8  # which window came first, second, third
     for column in places.T:
@@ -334,14 +346,42 @@ def test_the_permutation_shuffles():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Windows
+
+
+@pytest.mark.parametrize("count, multiple, padded", [(0, 3, 0), (5, 1, 5), (5, 3, 6), (6, 3, 6), (7, 4, 8)])
+def test_padding_adds_windows_without_a_target(count, multiple, padded):
+    windows = Windows(np.arange(count) * 10, np.full(count, 7))
+    offsets, lengths = both(windows.padded(multiple))
+    assert len(offsets) == padded
+    assert offsets[:count].tolist() == windows.offsets.tolist() and lengths[:count].tolist() == [7] * count
+    assert not lengths[count:].any()
+    stream = TokenStream([np.arange(99, dtype=np.uint16)], 99)
+    assert (stream.windows(offsets, lengths, 7)[count:, 1:] == NO_TARGET).all()
+
+
+def test_the_processes_take_a_micro_batch_each_in_turn():
+    windows = Windows(np.arange(12), np.arange(12) + 100)
+    shares = [[mine.offsets.tolist() for mine in windows.shares(2, 3, rank)] for rank in range(3)]
+    assert shares == [[[0, 1], [6, 7]], [[2, 3], [8, 9]], [[4, 5], [10, 11]]]
+    assert [mine.lengths.tolist() for mine in windows.shares(2, 3, 2)] == [[104, 105], [110, 111]]
+    with pytest.raises(ValueError):
+        list(windows.shares(5, 1, 0))  # 12 windows are no whole number of micro-batches
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # evaluation_windows
+
+
+def evaluated(length, block_size, tokens):
+    return both(evaluation_windows(length, block_size=block_size, tokens=tokens))
 
 
 @pytest.mark.parametrize("block_size", [1, 2, 3, 8])
 def test_every_token_but_the_first_is_a_target_once(block_size):
     for length in range(2, 4 * block_size + 3):
         stream = TokenStream([np.arange(length + 3, dtype=np.uint16)], length)  # the ids are the positions
-        offsets, targets = evaluation_windows(length, block_size, 0)
+        offsets, targets = evaluated(length, block_size, 0)
         windows = stream.windows(offsets, targets, block_size)
         real = windows[:, 1:] != NO_TARGET
         assert windows[:, 1:][real].tolist() == list(range(1, length))
@@ -352,15 +392,15 @@ def test_every_token_but_the_first_is_a_target_once(block_size):
 
 def test_a_stream_of_one_token_has_no_evaluation_windows():
     for most_tokens in (0, 100):
-        offsets, targets = evaluation_windows(1, 8, most_tokens)
+        offsets, targets = evaluated(1, 8, most_tokens)
         assert len(offsets) == len(targets) == 0
 
 
 @pytest.mark.parametrize("most_tokens", [1, 7, 8, 9, 64, 100, 500, 991])
 def test_limited_evaluation_takes_evenly_spaced_windows_once(most_tokens):
     length, block_size = 1000, 8
-    every, _ = evaluation_windows(length, block_size, 0)
-    offsets, _ = evaluation_windows(length, block_size, most_tokens)
+    every, _ = evaluated(length, block_size, 0)
+    offsets, _ = evaluated(length, block_size, most_tokens)
     assert most_tokens <= len(offsets) * block_size < most_tokens + block_size
     assert set(offsets.tolist()) <= set(every.tolist())
     steps = np.diff(np.append(offsets, len(every) * block_size)) // block_size  # the last gap reaches the end
@@ -371,5 +411,5 @@ def test_limited_evaluation_takes_evenly_spaced_windows_once(most_tokens):
 
 @pytest.mark.parametrize("most_tokens", [993, 999, 1000, 10**9])
 def test_a_limit_beyond_the_stream_limits_nothing(most_tokens):
-    limited, every = evaluation_windows(1000, 8, most_tokens), evaluation_windows(1000, 8, 0)
+    limited, every = evaluated(1000, 8, most_tokens), evaluated(1000, 8, 0)
     np.testing.assert_array_equal(limited, every)

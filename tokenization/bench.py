@@ -64,8 +64,10 @@ for batch_size, block_size in json.loads(sys.argv[2]):
     taken = []
     for step in range(1000):
         started = time.perf_counter()
-        drawn = training_windows("random", 1337, step, batch_size, len(stream), block_size)
-        ids = torch.from_numpy(stream.windows(*drawn, block_size))
+        drawn = training_windows(
+            stream, order="random", seed=1337, step=step, count=batch_size, block_size=block_size
+        )
+        ids = torch.from_numpy(stream.windows(drawn.offsets, drawn.lengths, block_size))
         x, y = ids[:, :-1], ids[:, 1:].contiguous()
         taken.append((time.perf_counter() - started) * 1e6)
     times.append(statistics.median(taken))

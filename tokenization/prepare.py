@@ -6,14 +6,23 @@ The data_dir holds the splits `train` and `val` as `datasets` saves them (one co
 tokenizer_config.json, and prepared.json: what it was made from, and how many tokens and bytes each split has.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import sys
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .arguments import DataArguments, FlagParser, knob
 from .corpora import open_corpus
 from .record import RECORD, check_length, check_record, read_record
 from .sharing import find_data_dir, push_data_dir
+
+if TYPE_CHECKING:  # seconds of imports, which the command spares those who only look
+    from transformers import PreTrainedTokenizerFast
+
+    from .windows import TokenStream
 
 
 @dataclasses.dataclass
@@ -21,13 +30,36 @@ class SharingArguments:
     push_to_hub: str = knob("", "Hub id under which to share the data_dir, as a private dataset")
 
 
-def prepare(arguments: DataArguments, minimum_tokens: int = 2, learned=None) -> dict:
-    """Make the data_dir unless it is there already; returns its record, the contents of prepared.json.
+@dataclasses.dataclass(frozen=True)
+class PreparedData:
+    """A data_dir that is there: its local folder, and what prepared.json in it says."""
 
-    `learned` is the tokenizer of a model that will go on from there: the data must have its tokens.
+    folder: Path
+    record: dict
 
-    It is written aside and renamed, so it is there whole or not at all. Raises ValueError where the corpus or the
-    tokenizer cannot be read, where a split has fewer than minimum_tokens, and where data_dir holds something else.
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The tokenizer that made the tokens. It loads when it is first asked for."""
+        from .loading import load_tokenizer
+
+        return load_tokenizer(str(self.folder), "data_dir")
+
+    def stream(self, split: str) -> TokenStream:
+        """The tokens of `train` or `val`, on disk."""
+        from .windows import open_stream
+
+        return open_stream(self.folder, split)
+
+
+def prepare(
+    arguments: DataArguments, minimum_tokens: int = 2, model_tokenizer: PreTrainedTokenizerFast | None = None
+) -> PreparedData:
+    """Make the data_dir unless it is there already.
+
+    `model_tokenizer` is the tokenizer of a model that training goes on from: the data must have its tokens.
+
+    The data_dir is written aside and renamed, so it is there whole or not at all. Raises ValueError if the corpus or
+    the tokenizer cannot be read, if a split has fewer than minimum_tokens, and if data_dir holds something else.
     """
     if arguments.data_dir is None:
         raise ValueError("data_dir is not given: --data_dir=FOLDER names where the tokens are, or will be written")
@@ -35,19 +67,19 @@ def prepare(arguments: DataArguments, minimum_tokens: int = 2, learned=None) -> 
     corpus = None
     if not (data_dir / RECORD).exists():
         check_place(data_dir, arguments)
-        from .making import make_data_dir  # seconds of imports, which a data_dir that is there is spared
+        from .making import make_data_dir
 
         corpus = open_corpus(arguments)
-        make_data_dir(data_dir, corpus, arguments, minimum_tokens, learned)
-    record = read_record(data_dir)
-    if learned is not None:
-        from .loading import check_learned, load_tokenizer
+        make_data_dir(data_dir, corpus, arguments, minimum_tokens, model_tokenizer)
+    prepared = PreparedData(data_dir, read_record(data_dir))
+    if model_tokenizer is not None:
+        from .loading import check_learned
 
-        check_learned(load_tokenizer(str(data_dir), "data_dir"), learned, arguments.data_dir)
+        check_learned(prepared.tokenizer, model_tokenizer, arguments.data_dir)
     if arguments.corpus is not None:
-        check_record(record, arguments, corpus or open_corpus(arguments))
-    check_length(record["tokens"], minimum_tokens)
-    return record
+        check_record(prepared.record, arguments, corpus or open_corpus(arguments))
+    check_length(prepared.record["tokens"], minimum_tokens)
+    return prepared
 
 
 def check_place(data_dir: Path, arguments: DataArguments) -> None:
@@ -68,7 +100,8 @@ def main() -> None:
     )
     arguments, sharing = parser.parse(sys.argv[1:])
     try:
-        record = prepare(arguments)
+        prepared = prepare(arguments)
+        record = prepared.record
         for split, tokens in record["tokens"].items():
             print(
                 f"{split}: {record['documents'][split]:,} documents, {tokens:,} tokens, "
@@ -76,7 +109,7 @@ def main() -> None:
             )
         print(f"{arguments.data_dir}: a vocabulary of {record['vocab_size']:,} tokens, from {record['corpus']}")
         if sharing.push_to_hub:
-            print(push_data_dir(find_data_dir(arguments.data_dir, arguments.corpus), sharing.push_to_hub))
+            print(push_data_dir(prepared.folder, sharing.push_to_hub))
     except ValueError as mistake:
         parser.error(str(mistake))
 

@@ -5,6 +5,8 @@ function of the seed and the step, so any step can be reached at once and on any
 """
 
 import json
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,32 @@ from datasets import load_from_disk
 
 NO_TARGET = -100  # what cross-entropy ignores
 ROUNDS = 8  # of the Feistel network
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Some windows of a stream: where each begins, and how many targets it has. Both (N,) int64."""
+
+    offsets: np.ndarray
+    lengths: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def padded(self, multiple: int) -> "Windows":
+        """These windows, then empty ones (of length 0) until their number is a multiple of `multiple`."""
+        empty = np.zeros(-len(self) % multiple, dtype=np.int64)
+        return Windows(np.append(self.offsets, empty), np.append(self.lengths, empty))
+
+    def shares(self, batch_size: int, processes: int, rank: int) -> Iterator["Windows"]:
+        """The micro-batches of process `rank`, in order: `batch_size` windows for each process in turn, and again.
+
+        Side by side, the micro-batches of all processes are those of a single process, in its order. The number of
+        windows must be a multiple of batch_size * processes.
+        """
+        shape = (-1, processes, batch_size)
+        for offsets, lengths in zip(self.offsets.reshape(shape), self.lengths.reshape(shape), strict=True):
+            yield Windows(offsets[rank], lengths[rank])
 
 
 class TokenStream:
@@ -29,19 +57,19 @@ class TokenStream:
     def __len__(self) -> int:
         return self._length
 
-    def windows(self, offsets: np.ndarray, targets: np.ndarray, block_size: int) -> np.ndarray:
-        """Ids (B, block_size + 1) int64: those from offsets (B,) on, targets (B,) + 1 of them; beyond, NO_TARGET.
+    def windows(self, offsets: np.ndarray, lengths: np.ndarray, block_size: int) -> np.ndarray:
+        """Ids (B, block_size + 1) int64: those from offsets (B,) on, lengths (B,) + 1 of them; beyond, NO_TARGET.
 
         The stream is a circle: its first token comes after its last.
         """
         first = self._starts.searchsorted(offsets, side="right") - 1  # the chunk in which each window starts
         at = offsets - self._starts[first]
-        if len(offsets) and (offsets + block_size < self._starts[first + 1]).all() and (targets == block_size).all():
+        if len(offsets) and (offsets + block_size < self._starts[first + 1]).all() and (lengths == block_size).all():
             places = zip(first.tolist(), at.tolist(), strict=True)
             slices = [self._chunks[chunk][start : start + block_size + 1] for chunk, start in places]
             return np.concatenate(slices, dtype=np.int64).reshape(len(offsets), block_size + 1)
         windows = np.full((len(offsets), block_size + 1), NO_TARGET, dtype=np.int64)
-        for window, chunk, start, count in zip(windows, first.tolist(), at.tolist(), targets.tolist(), strict=True):
+        for window, chunk, start, count in zip(windows, first.tolist(), at.tolist(), lengths.tolist(), strict=True):
             self._fill(window[: count + 1], chunk, start)
         return windows
 
@@ -63,10 +91,8 @@ def open_stream(data_dir: str | Path, split: str) -> TokenStream:
     return TokenStream([chunk.flatten().to_numpy(zero_copy_only=True) for chunk in rows], length)
 
 
-def training_windows(
-    kind: str, seed: int, step: int, count: int, stream_length: int, block_size: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """The `count` windows of an optimizer step: offsets and numbers of targets, each (count,) int64.
+def training_windows(stream: TokenStream, *, order: str, seed: int, step: int, count: int, block_size: int) -> Windows:
+    """The `count` windows of an optimizer step.
 
     `random` draws any offset, with replacement. Philox is counter-based: the step is its counter, so step 10**6 costs
     what step 0 does. Raw 64-bit draws are the same in every version of NumPy; the remainder's bias is below 2**-30.
@@ -74,29 +100,23 @@ def training_windows(
 
     `epoch` goes through the windows of one epoch after the other, see epoch_windows, and a step may take from several.
     """
-    if kind == "random":
+    if order == "random":
         draws = np.random.Philox(key=seed, counter=[0, step, 0, 0]).random_raw(count)
-        return (draws % np.uint64(stream_length - block_size)).astype(np.int64), np.full(count, block_size)
-    windows = -(-stream_length // block_size)
-    offsets, targets = [], []
+        offsets = (draws % np.uint64(len(stream) - block_size)).astype(np.int64)
+        return Windows(offsets, np.full(count, block_size))
+    per_epoch = -(-len(stream) // block_size)
+    parts = []
     first, end = step * count, (step + 1) * count
     while first < end:
-        epoch, place = divmod(first, windows)
-        taken = min(windows - place, end - first)
-        for parts, part in zip(
-            (offsets, targets),
-            epoch_windows(seed, epoch, np.arange(place, place + taken), stream_length, block_size),
-            strict=True,
-        ):
-            parts.append(part)
+        epoch, place = divmod(first, per_epoch)
+        taken = min(per_epoch - place, end - first)
+        parts.append(epoch_windows(seed, epoch, np.arange(place, place + taken), len(stream), block_size))
         first += taken
-    return np.concatenate(offsets), np.concatenate(targets)
+    return Windows(np.concatenate([part.offsets for part in parts]), np.concatenate([part.lengths for part in parts]))
 
 
-def epoch_windows(
-    seed: int, epoch: int, places: np.ndarray, stream_length: int, block_size: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """The windows at some places (B,) in the order of an epoch: offsets and numbers of targets, each (B,) int64.
+def epoch_windows(seed: int, epoch: int, places: np.ndarray, stream_length: int, block_size: int) -> Windows:
+    """The windows at some places (B,) in the order of an epoch.
 
     The stream is a circle, cut from a random token on into windows side by side, of which the last may be short: each
     token is a target exactly once. Their order is a permutation that is computed place by place.
@@ -105,8 +125,7 @@ def epoch_windows(
     phase, *keys = np.random.Philox(key=seed, counter=[0, epoch, 1, 0]).random_raw(1 + ROUNDS)
     window = permute(places, windows, keys)
     offsets = (int(phase) % stream_length + window * block_size) % stream_length
-    targets = np.minimum(block_size, stream_length - window * block_size)
-    return offsets, targets
+    return Windows(offsets, np.minimum(block_size, stream_length - window * block_size))
 
 
 def permute(places: np.ndarray, count: int, keys: list[np.uint64]) -> np.ndarray:
@@ -140,14 +159,14 @@ def mix(values: np.ndarray) -> np.ndarray:
     return values ^ values >> np.uint64(31)
 
 
-def evaluation_windows(stream_length: int, block_size: int, most_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+def evaluation_windows(stream_length: int, *, block_size: int, tokens: int) -> Windows:
     """Windows to evaluate on, side by side, so that every token but the first is a target exactly once.
 
-    Offsets and numbers of targets, each (windows,) int64; the last window may be short. Where they hold more than
-    most_tokens targets (0: no limit), as many as that are taken, evenly spaced.
+    The last window may be short. If they hold more than `tokens` targets (0: no limit), as many windows as hold that
+    many are taken, evenly spaced.
     """
     count = wanted = -(-(stream_length - 1) // block_size)
-    if most_tokens:
-        wanted = min(count, -(-most_tokens // block_size))
+    if tokens:
+        wanted = min(count, -(-tokens // block_size))
     offsets = np.arange(wanted) * count // max(wanted, 1) * block_size
-    return offsets, np.minimum(block_size, stream_length - 1 - offsets)
+    return Windows(offsets, np.minimum(block_size, stream_length - 1 - offsets))

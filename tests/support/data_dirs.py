@@ -12,9 +12,9 @@ from tokenization.splits import is_val
 
 
 def prepare_flags(minimum_tokens=2, **flags):
-    """prepare with these flags; a path may be a Path."""
+    """The record of what prepare makes with these flags; a path may be a Path."""
     flags = {name: str(value) if isinstance(value, Path) else value for name, value in flags.items()}
-    return prepare(DataArguments(**flags), minimum_tokens)
+    return prepare(DataArguments(**flags), minimum_tokens).record
 
 
 def stored_ids(data_dir, split):

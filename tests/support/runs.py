@@ -99,9 +99,9 @@ class LoggedStream:
     def __len__(self):
         return len(self.stream)
 
-    def windows(self, offsets, targets, block_size):
+    def windows(self, offsets, lengths, block_size):
         os.write(self.descriptor, (" ".join(map(str, offsets.tolist())) + "\n").encode())
-        return self.stream.windows(offsets, targets, block_size)
+        return self.stream.windows(offsets, lengths, block_size)
 
 
 def log_windows(path: str) -> None:

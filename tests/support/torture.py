@@ -128,9 +128,8 @@ def trained_on(data_dir: Path, logs: list[Path], processes: int) -> tuple[list[i
             seen += batches[: (end - first) * micro_batches]
         expected = []
         for step in range(STEPS):
-            offsets, _ = training_windows("random", SEED, step, WINDOWS, len(stream), 16)
-            offsets = offsets.reshape(-1, processes, 2)
-            expected += offsets[:, rank].tolist()
+            drawn = training_windows(stream, order="random", seed=SEED, step=step, count=WINDOWS, block_size=16)
+            expected += [share.offsets.tolist() for share in drawn.shares(2, processes, rank)]
         right = right and seen == expected
     return begun, right
 
