@@ -325,7 +325,7 @@ def test_a_text_from_the_web_is_that_text(site):
         ("a.zip", b"no zip", "cannot be read: BadZipFile"),
         ("a.zip", as_zip(b"\xff\xfe"), r"is not UTF-8 text \(at byte 0\)"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "bytes",  # an archive holds the time of its making
 )
 def test_what_cannot_be_read_is_named_in_one_line(tmp_path, name, content, said):
     from tokenization.splits import find_cut
