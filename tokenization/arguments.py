@@ -124,11 +124,14 @@ class FlagParser(argparse.ArgumentParser):
     def read_recipe(self, argv: list[str], default: Path) -> tuple[Path, list[str]]:
         """The recipe that a command line begins with, or the default one; and the flags of both, in this order.
 
-        A mistake in the recipe ends the process.
+        hub_configs/NAME.yaml is found from any folder. A mistake in the recipe ends the process.
         """
         recipe, flags = default, argv
         if argv and not argv[0].startswith("-"):
             recipe, flags = Path(argv[0]), argv[1:]
+            ours = default.parent.parent / recipe
+            if not recipe.exists() and ours.parent == default.parent and ours.exists():
+                recipe = ours
         try:
             return recipe, self.flags_of_recipe(recipe, default.parent) + flags
         except ValueError as mistake:
