@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import nn
@@ -33,6 +33,11 @@ class Schedule:
     lr_decay_iters: int
     lr_schedule: str = "cosine"
     decay_fraction: float = 0.4
+
+    @classmethod
+    def of(cls, flags) -> "Schedule":
+        """The schedule that flags of the same names describe."""
+        return cls(**{field.name: getattr(flags, field.name) for field in fields(cls)})
 
     def __call__(self, step: int) -> float:
         if step < self.warmup_iters:

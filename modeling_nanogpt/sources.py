@@ -171,7 +171,7 @@ def build_model(model_class: type[Model], config: PreTrainedConfig, weights: Sta
 
 
 def adopt_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make a model end texts as its tokenizer does, and never generate an id that the tokenizer does not have.
+    """Make a model and its tokenizer fit: where texts end, which ids there are, and how long a text may be.
 
     The model's vocabulary may be padded beyond the tokenizer's. If the tokenizer has no token for the beginning of a
     text or for padding, its end-of-text token serves for both.
@@ -181,6 +181,7 @@ def adopt_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
         holder.eos_token_id = end
         holder.bos_token_id = end if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         holder.pad_token_id = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    tokenizer.model_max_length = model.config.max_position_embeddings
     padding = list(range(len(tokenizer), model.config.vocab_size))
     model.generation_config.suppress_tokens = padding or None
 

@@ -18,12 +18,12 @@ import yaml
 TRUE, FALSE = ("true", "t", "yes", "y", "1"), ("false", "f", "no", "n", "0")
 
 
-def knob(default: Any, help: str, *, heading: str = "", at_least: float = 0, below: float = math.inf) -> Any:
+def knob(default: Any, help: str, *, at_least: float = 0, below: float = math.inf, heading: str = "") -> Any:
     """A flag as a field of a dataclass: its default, what `--help` says, and the bounds of a number.
 
-    `heading` begins a new group of flags in `--help`. A number must be `at_least` so large, and less than `below`.
+    A number must be `at_least` so large, and less than `below`. A `heading` begins a new group of flags in `--help`.
     """
-    metadata = {"help": help, "heading": heading, "at_least": at_least, "below": below}
+    metadata = {"help": help, "at_least": at_least, "below": below, "heading": heading}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -78,16 +78,23 @@ class DataArguments:
             raise ValueError(f"num_proc={self.num_proc}, but it must be at least 1")
 
 
+class HelpLayout(argparse.RawDescriptionHelpFormatter):
+    """Help in two columns, the second of which begins further to the right: names of flags are long."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=36)
+
+
 class FlagParser(argparse.ArgumentParser):
     """Dataclasses of knobs as `--key=value` flags. Every mistake is one line and exit status 2.
 
     Flags are never abbreviated, and an unknown flag is answered with the nearest known one. A ValueError that a
-    dataclass raises in its `__post_init__` is such a mistake as well.
+    dataclass raises in its `__post_init__` is such a mistake as well. In `--help`, the flags of a dataclass stand
+    under its name without "Arguments", until a knob has a heading.
     """
 
     def __init__(self, dataclass_types: list[type], **kwargs):
-        layout = lambda prog: argparse.HelpFormatter(prog, max_help_position=32)  # noqa: E731
-        super().__init__(allow_abbrev=False, formatter_class=layout, **kwargs)
+        super().__init__(allow_abbrev=False, formatter_class=HelpLayout, **kwargs)
         self.dataclass_types = dataclass_types
         for dataclass in dataclass_types:
             group = self.add_argument_group(dataclass.__name__.removesuffix("Arguments").lower())
@@ -114,7 +121,20 @@ class FlagParser(argparse.ArgumentParser):
     def _fill(self, dataclass: type, values: argparse.Namespace):
         return dataclass(**{field.name: getattr(values, field.name) for field in dataclasses.fields(dataclass)})
 
-    def read_recipe(self, path: Path, recipes: Path) -> list[str]:
+    def read_recipe(self, argv: list[str], default: Path) -> tuple[Path, list[str]]:
+        """The recipe that a command line begins with, or the default one; and the flags of both, in this order.
+
+        A mistake in the recipe ends the process.
+        """
+        recipe, flags = default, argv
+        if argv and not argv[0].startswith("-"):
+            recipe, flags = Path(argv[0]), argv[1:]
+        try:
+            return recipe, self.flags_of_recipe(recipe, default.parent) + flags
+        except ValueError as mistake:
+            self.error(f"recipe {recipe}{mistake}")
+
+    def flags_of_recipe(self, path: Path, recipes: Path) -> list[str]:
         """A YAML file as flags: each `key: value` becomes --key=value. A null keeps the default.
 
         Raises ValueError if the file is not a recipe. If there is no such file, the message names the recipes in the
@@ -124,21 +144,21 @@ class FlagParser(argparse.ArgumentParser):
             root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
         except OSError:
             known = ", ".join(sorted(recipe.stem for recipe in recipes.glob("*.yaml")))
-            raise ValueError(f"recipe {path} cannot be read; {recipes.name}/ holds {known}") from None
+            raise ValueError(f" cannot be read; {recipes.name}/ holds {known}") from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"recipe {path} is not YAML: {error}") from None
+            raise ValueError(f" is not YAML: {error}") from None
         if not isinstance(root, yaml.MappingNode):
-            raise ValueError(f"recipe {path} is not a list of `key: value` lines")
+            raise ValueError(" is not a list of `key: value` lines")
         flags: dict[str, yaml.ScalarNode] = {}
         for key, value in root.value:
             if not isinstance(key, yaml.ScalarNode):
-                raise ValueError(f"recipe {path}: line {key.start_mark.line + 1} is not a `key: value` line")
+                raise ValueError(f": line {key.start_mark.line + 1} is not a `key: value` line")
             if not isinstance(value, yaml.ScalarNode):
-                raise ValueError(f"recipe {path}: {key.value} must be a single value")
+                raise ValueError(f": {key.value} must be a single value")
             if key.value not in self.keys:
-                raise ValueError(f"recipe {path}: {self.explain_unknown(key.value)}")
+                raise ValueError(f": {self.explain_unknown(key.value)}")
             if key.value in flags:
-                raise ValueError(f"recipe {path}: {key.value} stands there twice")
+                raise ValueError(f": {key.value} stands there twice")
             flags[key.value] = value
         null = "tag:yaml.org,2002:null"  # null, ~ or nothing, unless in quotes
         return [f"--{key}={value.value}" for key, value in flags.items() if value.tag != null]

@@ -35,9 +35,9 @@ TENSORS, STATE = "training_state.pt", "state.json"
 class TrainState:
     """How far a run has come.
 
-    `step` counts finished optimizer steps, and `history` is the log so far. `losses` (nats a token) has a loss for each
-    step since the last entry of the log, or None if the step was skipped. `nonfinite` counts the skipped steps in a
-    row. `scaler` is the state of the loss scaler of float16.
+    `step` counts finished optimizer steps, and `history` is the log so far. `losses` (nats a token) are those of the
+    steps since the last entry of the log, with None for a skipped step. `nonfinite` counts the skipped steps in a row.
+    `scaler` is the state of the loss scaler of float16.
     """
 
     step: int = 0

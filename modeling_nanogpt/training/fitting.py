@@ -1,7 +1,9 @@
 """What fits: batches into processes and into memory, and what to say if they do not fit."""
 
 import gc
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
@@ -9,9 +11,13 @@ from accelerate.utils.memory import should_reduce_batch_size
 from transformers import PreTrainedModel
 
 
-def check_shares(micro_batches: int, windows: int, automatic: bool, accelerator: Accelerator) -> None:
-    """Raise ValueError if the processes cannot share a step of so many micro-batches, or `windows`, equally."""
-    processes = accelerator.num_processes
+def windows_in_step(flags, accelerator: Accelerator) -> int:
+    """The windows of an optimizer step, over all processes. Raises ValueError if they cannot share them equally.
+
+    If the size of a micro-batch is found automatically, then only the number of windows must be divisible.
+    """
+    micro_batches, processes = flags.gradient_accumulation_steps, accelerator.num_processes
+    windows, automatic = flags.batch_size * micro_batches, flags.auto_batch_size
     if automatic and accelerator.device.type != "cuda":
         raise ValueError(
             "auto_batch_size needs a GPU, because a batch that is too large for the memory of a CPU may bring down "
@@ -22,6 +28,7 @@ def check_shares(micro_batches: int, windows: int, automatic: bool, accelerator:
             f"gradient_accumulation_steps={micro_batches} counts the micro-batches of all processes: it must be "
             f"divisible by their number, {processes}"
         )
+    return windows
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
@@ -73,6 +80,20 @@ def try_batch_size(batch_size: int, attempt: Callable[[int], None]) -> bool:
             raise
         return False
     return True
+
+
+@contextmanager
+def out_of_memory_in_one_line(flags) -> Iterator[None]:
+    """Let a model that does not fit into memory end the process with a line that says which flags help."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error):
+            raise
+        advice = explain_out_of_memory(
+            flags.batch_size, flags.gradient_accumulation_steps, flags.gradient_checkpointing
+        )
+        sys.exit(f"\ntrain_accelerate.py: error: {advice}")  # on a line below the bar
 
 
 def explain_out_of_memory(batch_size: int, gradient_accumulation_steps: int, gradient_checkpointing: bool) -> str:

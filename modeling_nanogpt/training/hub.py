@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
 
+from accelerate import Accelerator
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token, logging, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.utils import WeakFileLock, disable_progress_bars, validate_repo_id
@@ -27,10 +28,10 @@ REFUSALS = (400, 401, 402, 403, 404)  # HTTP statuses that waiting does not mend
 class Pusher:
     """Pushes out_dir as it is at a save. One upload runs at a time, in the background; only the newest save waits.
 
-    An upload is one commit of a copy, which the next save cannot change. If an upload fails, one line says so, training
-    goes on, and the next save brings everything. `strategy` is `end` (push once, in `finish`), `every_save`, or
-    `checkpoint` (every save, with the checkpoint beside the model). Raises ValueError if the Hub refuses the name or
-    the token.
+    An upload is one commit of a copy, which the next save cannot change. If an upload fails, one line says so,
+    training goes on, and the next save brings everything. `strategy` is `end` (push once, in `finish`), `every_save`,
+    or `checkpoint` (every save, with the checkpoint beside the model). Raises ValueError if the Hub refuses the name
+    or the token.
     """
 
     def __init__(self, model_id: str, out_dir: Path, private: bool, strategy: str):
@@ -124,7 +125,7 @@ class Pusher:
             self.warn(f"{self.unpushed} is not on the Hub yet ({explain(error)})")
 
     def write_copy(self, copy: Path) -> None:
-        """Make a folder as the repository will be. Large files are linked: saving replaces them, and never changes them."""
+        """Make a folder as the repository will be. Large files become links, because saving never changes a file."""
         for name, source in self.files():
             target = copy / name
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -174,6 +175,14 @@ class Pusher:
 
     def warn(self, what: str) -> None:
         tqdm.write(f"warning: {what}", file=sys.stderr)
+
+
+def start_pusher(flags, out_dir: Path, accelerator: Accelerator) -> Pusher | None:
+    """The Pusher of the main process, if the flags ask for one. The repository is hub_model_id, or out_dir's name."""
+    if not (flags.push_to_hub and accelerator.is_main_process):
+        return None
+    model_id = flags.hub_model_id or out_dir.absolute().name
+    return Pusher(model_id, out_dir, private=flags.hub_private_repo, strategy=flags.hub_strategy)
 
 
 def fetch_run(model_id: str, out_dir: Path) -> None:

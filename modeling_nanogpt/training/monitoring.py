@@ -13,7 +13,9 @@ from accelerate.utils import tqdm as tqdm_of_main_process
 from tqdm import tqdm  # what tqdm writes does not run into a bar
 
 from ..sources import first_line
+from ..throughput import peak_flops
 from .checkpointing import TrainState
+from .describing import RunFacts
 
 
 class Clock:
@@ -39,33 +41,38 @@ class Clock:
 class Log:
     """The one place that takes evaluations and entries: into the history, onto the screen, to the trackers.
 
-    `step_tokens` and `step_flops` are the tokens and FLOPs of an optimizer step. `peak_flops` is what all devices can
-    do in a second, or None if that is unknown. Only the main process speaks.
+    `trackers` are names of trackers. Only the main process speaks.
     """
 
     def __init__(
         self,
         accelerator: Accelerator,
-        trackers: "Trackers",
-        *,
-        step: int,
-        max_iters: int,
-        step_tokens: int,
-        step_flops: float,
-        peak_flops: float | None,
-        bar_visible: bool,
+        trackers: list[str],
+        facts: RunFacts,
+        state: TrainState,
+        bar_visible: bool = True,
     ):
-        seconds = 0.5 if sys.stderr.isatty() else 10  # between two drawings of the bar: few of them in a log file
-        self._bar = tqdm_of_main_process(
-            initial=step, total=max_iters, unit="step", mininterval=seconds, disable=not bar_visible
-        )
+        self._state, self._facts = state, facts
         self._speaks = accelerator.is_main_process
-        self._trackers = trackers
-        self._step_tokens, self._step_flops, self._peak_flops = step_tokens, step_flops, peak_flops
+        peak = peak_flops(accelerator.device)
+        self._peak_flops = peak * accelerator.num_processes if peak else None  # of all devices, FLOPs a second
+        self._trackers = Trackers(
+            trackers if self._speaks else [],
+            project=facts.out_dir.name,
+            folder=str(facts.out_dir / "runs"),
+            recipe=facts.recipe,
+        )
+        self._bar = tqdm_of_main_process(
+            initial=state.step,
+            total=facts.recipe["max_iters"],
+            unit="step",
+            mininterval=0.5 if sys.stderr.isatty() else 10,  # seconds: a log file should hold few drawings of the bar
+            disable=not bar_visible,
+        )
 
-    def say(self, line: str) -> None:
-        """Print a line above the bar."""
-        if self._speaks:
+    def say(self, *lines: str) -> None:
+        """Print lines above the bar."""
+        for line in lines if self._speaks else ():
             self._bar.write(line)
             sys.stdout.flush()  # so that the log file of a killed run holds the line
 
@@ -73,25 +80,26 @@ class Log:
         """Move the bar by a step."""
         self._bar.update()
 
-    def evaluation(self, state: TrainState, *, train_loss: float, val_loss: float) -> bool:
+    def evaluation(self, *, train_loss: float, val_loss: float) -> bool:
         """Take the losses (nats a token) of an evaluation. Returns whether val_loss is the lowest so far."""
-        self._record(state, {"step": state.step, "eval_train_loss": train_loss, "val_loss": val_loss})
+        state = self._state
+        self._record({"step": state.step, "eval_train_loss": train_loss, "val_loss": val_loss})
         self.say(f"step {state.step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
         improved = val_loss < state.best_val_loss  # NaN never is
         if improved:
             state.best_val_loss = val_loss
         return improved
 
-    def entry(self, state: TrainState, summary: dict, *, lr: float, steps_per_second: float) -> None:
+    def entry(self, summary: dict, *, lr: float, steps_per_second: float) -> None:
         """Take the summary of the steps since the last entry, and show it beside the bar."""
-        entry = summary | {"lr": lr, "tokens_per_second": steps_per_second * self._step_tokens}
+        entry = summary | {"lr": lr, "tokens_per_second": steps_per_second * self._facts.step_tokens}
         if self._peak_flops:
-            entry["mfu"] = steps_per_second * self._step_flops / self._peak_flops
-        self._record(state, entry)
+            entry["mfu"] = steps_per_second * self._facts.step_flops / self._peak_flops
+        self._record(entry)
         self._bar.set_postfix_str(describe_entry(entry), refresh=False)  # shown when the bar is drawn next
 
-    def _record(self, state: TrainState, entry: dict) -> None:
-        state.history.append(entry)
+    def _record(self, entry: dict) -> None:
+        self._state.history.append(entry)
         self._trackers.log(entry)
 
     def close(self) -> None:
@@ -131,7 +139,7 @@ def choose_trackers(report_to: str) -> list[str]:
 
 
 class Trackers:
-    """The trackers of a run, any that Accelerate knows. A tracker that fails is dropped, and a line on stderr says so.
+    """The trackers of a run, any that Accelerate knows. If a tracker fails, it is dropped, and a line says so.
 
     `project` and `folder` are where the trackers keep the run, `recipe` its flags.
     """

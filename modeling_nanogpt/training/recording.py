@@ -13,7 +13,7 @@ from .checkpointing import TrainState
 class StepRecord:
     """The results of the optimizer steps since the last reading. Only a reading waits for the device.
 
-    `offsets_of(step)` gives the offsets (N,) of all windows of a step, which name the windows of a skipped step.
+    `offsets_of(step)` gives where the windows of a step begin, (N,) int64: they name what a skipped step has seen.
     """
 
     def __init__(self, accelerator: Accelerator, offsets_of: Callable[[int], np.ndarray], batch_size: int):
@@ -68,9 +68,8 @@ class StepRecord:
         shown = ", ".join(map(str, starts[:8]))
         if len(starts) > 8:
             shown += ", …"
-        return (
-            f"step {step + 1}: the {what} is not finite, and its update is skipped (windows at tokens {shown} of train)"
-        )
+        places = f"windows at tokens {shown} of train"
+        return f"step {step + 1}: the {what} is not finite, and its update is skipped ({places})"
 
     def summary(self, state: TrainState) -> dict:
         """An entry for the log out of the steps since the last entry: their mean loss, and the last gradient norm.

@@ -14,9 +14,9 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 from transformers import PreTrainedTokenizerBase
 
-from ..configuration_nanogpt import NanoGPTConfig
 from ..modeling_nanogpt import CACHE
 from ..throughput import flops_per_token
+from .describing import RunFacts
 
 METRICS = {
     "loss": "validation loss (nats a token)",
@@ -27,16 +27,11 @@ METRICS = {
 
 @dataclass(frozen=True)
 class Report:
-    """The card, the plot and the log of a run. It is made once, from what does not change, and written at each save."""
+    """The card, the plot and the log of a run, written at each save."""
 
+    facts: RunFacts
     template: str  # the card, with $names to fill
     name: str  # the folder or Hub id that the card's code loads
-    config: NanoGPTConfig
-    parameters: int
-    data: dict  # prepared.json of the data_dir: what the text was
-    recipe: dict  # every flag of the run
-    step_tokens: int  # tokens in an optimizer step
-    hardware: str  # processes, devices and precision
     commit: str | None  # of this project's checkout
 
     def write(self, folder: Path, history: list[dict], step: int, samples: list[str], earlier: Path) -> None:
@@ -51,43 +46,43 @@ class Report:
         (folder / "README.md").write_text(card, encoding="utf-8")
         lines = "".join(json.dumps(entry) + "\n" for entry in history)
         (folder / "history.jsonl").write_text(lines, encoding="utf-8")
-        flags = yaml.safe_dump(self.recipe, sort_keys=False, allow_unicode=True)
+        flags = yaml.safe_dump(self.facts.recipe, sort_keys=False, allow_unicode=True)
         (folder / "run.yaml").write_text(flags, encoding="utf-8")
-        plot_losses(folder / "loss.png", history, self.step_tokens)
+        plot_losses(folder / "loss.png", history, self.facts.step_tokens)
 
     def card(self, history: list[dict], step: int, samples: list[str]) -> str:
         """The model card: YAML that the Hub reads, then Markdown."""
-        data, tokens_seen = self.data, step * self.step_tokens
+        data, tokens_seen = self.facts.data, step * self.facts.step_tokens
         values = measure(float(history[-1]["val_loss"]), data)
-        start, revision = self.recipe.get("init_from", "scratch"), data.get("revision")
+        start, revision = self.facts.recipe.get("init_from", "scratch"), data.get("revision")
         facts = {
-            **{key: getattr(self.config, key) for key in ("n_layer", "n_head", "n_embd", "block_size")},
+            **{key: getattr(self.facts.config, key) for key in ("n_layer", "n_head", "n_embd", "block_size")},
             **{key: data[key] for key in ("corpus", "sha256", "tokenizer")},
             "metadata": self.metadata(values).to_yaml().strip(),
             "name": self.name,
-            "parameters": f"{self.parameters:,}",
+            "parameters": f"{self.facts.parameters:,}",
             "start": "from scratch" if start == "scratch" else f"from `{start}`",
             "text": f"`{data['corpus']}`" + (f" at revision `{revision}`" if revision else ""),
             "loss": f"{values['loss']:.4f}",
             "perplexity": f"{values['perplexity']:.2f}",
             "bits_per_byte": f"{values['bits_per_byte']:.4f}",
             "samples": "\n\n".join(fence(sample) for sample in samples) or "None were drawn.",
-            "sample_length": min(100, self.config.block_size),
+            "sample_length": min(100, self.facts.config.block_size),
             "vocab_size": f"{data['vocab_size']:,}",
             "train_tokens": f"{data['tokens']['train']:,}",
             "val_tokens": f"{data['tokens']['val']:,}",
             "step": f"{step:,}",
             "tokens_seen": f"{tokens_seen:,}",
             "epochs": f"{tokens_seen / data['tokens']['train']:.2f}",
-            "flops": f"{tokens_seen * flops_per_token(self.config):.2e}",
-            "time": show_seconds(training_seconds(history, self.step_tokens)),
-            "hardware": self.hardware,
+            "flops": f"{tokens_seen * flops_per_token(self.facts.config):.2e}",
+            "time": show_seconds(training_seconds(history, self.facts.step_tokens)),
+            "hardware": self.facts.hardware,
             "versions": ", ".join(
                 f"{package} {version(package)}" for package in ("torch", "transformers", "accelerate", "datasets")
             ),
             "commit": f"`{self.commit}`" if self.commit else "unknown, because it ran outside of a checkout",
-            "recipe": fence(yaml.safe_dump(self.recipe, sort_keys=False, allow_unicode=True), "yaml"),
-            "overrides": " --push_to_hub=false" if self.recipe.get("push_to_hub") else "",
+            "recipe": fence(yaml.safe_dump(self.facts.recipe, sort_keys=False, allow_unicode=True), "yaml"),
+            "overrides": " --push_to_hub=false" if self.facts.recipe.get("push_to_hub") else "",
         }
         return Template(self.template).substitute(facts)
 
@@ -97,7 +92,7 @@ class Report:
             EvalResult(
                 task_type="text-generation",
                 dataset_type="text",
-                dataset_name=f"{Path(self.data["corpus"]).name}, held-out part",
+                dataset_name=f"{Path(self.facts.data['corpus']).name}, held-out part",
                 metric_type=metric,
                 metric_name=label,
                 metric_value=round(values[metric], 4),
@@ -105,12 +100,12 @@ class Report:
             for metric, label in METRICS.items()
             if math.isfinite(values[metric])
         ]
-        base = self.recipe.get("init_from", "scratch")
+        base = self.facts.recipe.get("init_from", "scratch")
         base_is_on_the_hub = base != "scratch" and not Path(base).exists()
-        corpus_is_on_the_hub = bool(self.data.get("revision"))
+        corpus_is_on_the_hub = bool(self.facts.data.get("revision"))
         return ModelCardData(
             base_model=base if base_is_on_the_hub else None,
-            datasets=[self.data["corpus"]] if corpus_is_on_the_hub else None,
+            datasets=[self.facts.data["corpus"]] if corpus_is_on_the_hub else None,
             library_name="transformers",
             pipeline_tag="text-generation",
             tags=["nanogpt"],

@@ -9,40 +9,48 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from tqdm import tqdm  # what tqdm writes does not run into a bar
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from ..modeling_nanogpt import NanoGPTForCausalLM
 from ..sources import first_line
 from .atomic import files_written_aside
 from .checkpointing import TrainState, gather_tensors, save_checkpoint
+from .describing import RunFacts
 from .hub import Pusher
-from .report import Report, draw_samples
+from .report import Report, draw_samples, find_commit
+from .starting import Start, superseded_by
 
 
 class Saver:
     """Saves the model and the checkpoints of a run. A save that fails is reported, and the next save makes up for it.
 
-    `run` says what the run is (recipe, config, data). `keep` checkpoints stay, the newest. `superseded` are those that
-    this run makes void: the first save removes them.
+    If there is a `pusher`, it pushes what was saved. `card` is the template of the model card. The first checkpoint
+    removes those that this run makes void, given its start.
     """
 
     def __init__(
         self,
-        *,
         accelerator: Accelerator,
         model: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
         tokenizer: PreTrainedTokenizerBase,
-        report: Report,
+        facts: RunFacts,
+        start: Start,
+        *,
         pusher: Pusher | None,
-        out_dir: Path,
-        run: dict,
-        keep: int,
-        superseded: list[Path],
+        card: Path,
     ):
         self.accelerator, self.model, self.optimizer, self.tokenizer = accelerator, model, optimizer, tokenizer
-        self.report, self.pusher = report, pusher
-        self.out_dir, self.run, self.keep, self.superseded = out_dir, run, keep, superseded
+        self.facts, self.out_dir, self.pusher = facts, facts.out_dir, pusher
+        self.superseded = superseded_by(facts.out_dir, start.checkpoint)
+        self.report = Report(
+            facts,
+            template=card.read_text(encoding="utf-8"),
+            name=pusher.model_id if pusher else facts.out_dir.name,
+            commit=find_commit(),
+        )
         self._failures: dict[str, str] = {}
+        disable_progress_bar()  # transformers draws a bar at each save, but the only bar here is the loop's
 
     @property
     def failure(self) -> str:
@@ -52,7 +60,7 @@ class Saver:
     def save_model(self, state: TrainState) -> None:
         """Make out_dir a complete model repository, and have it pushed. Every process takes part."""
         weights = self.accelerator.get_state_dict(self.model)
-        samples = draw_samples(self.model, self.tokenizer, self.report.config.block_size, self.accelerator.device)
+        samples = draw_samples(self.model, self.tokenizer, self.facts.config.block_size, self.accelerator.device)
         if self.accelerator.is_main_process:
             self._attempt("the model", lambda: self._write_model(state, weights, samples))
 
@@ -72,7 +80,12 @@ class Saver:
             self._attempt(
                 "the checkpoint",
                 lambda: save_checkpoint(
-                    self.out_dir, state, tensors, self.run, keep=self.keep, superseded=self.superseded
+                    self.out_dir,
+                    state,
+                    tensors,
+                    run=self.facts.identity,
+                    keep=self.facts.recipe["keep_checkpoints"],
+                    superseded=self.superseded,
                 ),
             )
 
