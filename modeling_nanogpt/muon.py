@@ -3,6 +3,7 @@
 import functools
 import math
 from collections import defaultdict
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -52,6 +53,11 @@ def as_matrices(weight: torch.Tensor, parts: int) -> torch.Tensor:
     return matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
 
 
+def gradients_of(params: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """The gradients of parameters that all have one."""
+    return [p.grad for p in params if p.grad is not None]
+
+
 class Muon(torch.optim.Optimizer):
     """Muon for the groups whose `parts` is not 0, and AdamW for the others. Both decouple weight decay.
 
@@ -91,14 +97,16 @@ class Muon(torch.optim.Optimizer):
             params, updates, groups = zip(*batch, strict=True)
             self._step_matrices(params, updates, groups, skip)
 
-    def _momentum(self, params: list[nn.Parameter], momentum: float, skip: torch.Tensor | None) -> list[torch.Tensor]:
+    def _momentum(
+        self, params: list[nn.Parameter], momentum: float, skip: torch.Tensor | None
+    ) -> tuple[torch.Tensor, ...]:
         """Blend the gradients into the momenta. Returns Nesterov's look-ahead, in the shapes of the parameters."""
         for p in params:
             if not self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
         if not params:
-            return []
-        gradients = [p.grad for p in params]
+            return ()
+        gradients = gradients_of(params)
         momenta = [self.state[p]["momentum"] for p in params]
         if skip is None:
             torch._foreach_lerp_(momenta, gradients, 1 - momentum)
@@ -122,7 +130,7 @@ class Muon(torch.optim.Optimizer):
             p.mul_(1 - rate * group["weight_decay"] * keep)
             as_matrices(p, group["parts"]).sub_(step, alpha=rate * math.sqrt(max(1, rows / columns)))
 
-    def _step_adamw(self, params: list[nn.Parameter], group: dict, skip: torch.Tensor | None) -> None:
+    def _step_adamw(self, params: list[torch.Tensor], group: dict, skip: torch.Tensor | None) -> None:
         for p in params:
             if not self.state[p]:
                 self.state[p]["step"] = torch.zeros((), device=p.device if group["fused"] else "cpu")
@@ -131,7 +139,7 @@ class Muon(torch.optim.Optimizer):
         beta1, beta2 = group["betas"]
         adamw(
             params,
-            grads=[p.grad for p in params],
+            grads=gradients_of(params),
             exp_avgs=[self.state[p]["exp_avg"] for p in params],
             exp_avg_sqs=[self.state[p]["exp_avg_sq"] for p in params],
             max_exp_avg_sqs=[],

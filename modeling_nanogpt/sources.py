@@ -7,7 +7,7 @@ import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -155,13 +155,14 @@ def check_given(config: NanoGPTConfig, given: dict, source: str) -> None:
 def build_model(model_class: type[Model], config: PreTrainedConfig, weights: StateDict, dtype: torch.dtype) -> Model:
     """A model with exactly these weights, in this dtype; raises ValueError if some are missing or left over."""
     try:
-        model, report = model_class.from_pretrained(
+        loaded: Any = model_class.from_pretrained(
             None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
         )
     except RuntimeError as error:  # tensors of another shape
         raise ValueError(
             f"the weights do not fit the configuration ({first_line(error)}): fetch or save the model again"
         ) from None
+    model, report = loaded  # transformers' annotation knows only the model
     wrong = {str(name) for kind in ("missing_keys", "unexpected_keys") for name in report[kind]}
     if wrong:
         raise ValueError(

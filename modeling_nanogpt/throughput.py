@@ -34,6 +34,7 @@ def flops_per_token(config: NanoGPTConfig) -> float:
     matrix product (positions are only looked up), and 12 * n_layer * n_embd * block_size for attention, as if there
     were no causal mask.
     """
+    assert config.intermediate_size is not None  # a configuration without it sets its default
     attention = 4 * config.n_embd**2
     mlp = 2 * config.n_embd * config.intermediate_size
     weights = config.n_layer * (attention + mlp) + config.vocab_size * config.n_embd
