@@ -94,6 +94,7 @@ class FlagParser(argparse.ArgumentParser):
     """
 
     def __init__(self, dataclass_types: list[type], **kwargs):
+        kwargs.setdefault("usage", "%(prog)s [--key=value ...]")
         super().__init__(allow_abbrev=False, formatter_class=HelpLayout, **kwargs)
         self.dataclass_types = dataclass_types
         for dataclass in dataclass_types:
