@@ -38,8 +38,8 @@ from modeling_nanogpt.starting import find_start
 from modeling_nanogpt.throughput import flops_per_token, peak_flops
 from modeling_nanogpt.tracking import Trackers, choose_trackers
 from tokenization.arguments import DataArguments, FlagParser, knob
-from tokenization.loading import load_tokenizer
 from tokenization.prepare import prepare
+from tokenization.vocabularies import load_tokenizer
 from tokenization.windows import TokenStream, Windows, evaluation_windows, training_windows
 
 RECIPES = Path(__file__).parent / "hub_configs"

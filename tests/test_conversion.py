@@ -18,7 +18,7 @@ from modeling_nanogpt.conversion import unwrap, weights_from_gpt2, weights_to_gp
 from modeling_nanogpt.sources import build_model, read_config, read_weights
 from support.references import exact_gelu, make_counterpart, reference_logits
 from support.tiny_run import TINY, train
-from tokenization.char import train_char_tokenizer
+from tokenization.vocabularies import train_char_tokenizer
 
 IDS = torch.randint(0, 50, (2, 16), generator=torch.Generator().manual_seed(0))
 

@@ -62,17 +62,21 @@ def run(flags: list[str], small: float | None, most: int | None, stdout: str, st
     for number, path in ((1, stdout), (2, stderr)):
         os.dup2(os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY), number)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115  until it ends
-    from tokenization import documents, making, prepare, shards, splits
+    import datasets
+
+    from tokenization import documents, making, prepare
 
     if small is not None:
-        documents.BLOCK, splits.BATCH, making.SHARD, shards.ROWS = 2**12, 2**12, 2**15, 4
-        write_journal = making.write_journal
+        datasets.config.MAX_SHARD_SIZE = "32KB"
+        documents.BLOCK, making.STRETCH, making.SHARD, making.ROWS = 2**12, 2**12, 2**15, 4
+        shards_of = making.shards_of
 
-        def write_slowly(*arguments):
-            write_journal(*arguments)
-            time.sleep(small)
+        def slowly(pieces):
+            for shard in shards_of(pieces):
+                yield shard
+                time.sleep(small)
 
-        making.write_journal = write_slowly
+        making.shards_of = slowly
     if most is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
