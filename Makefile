@@ -1,15 +1,20 @@
-# make quickstart    set everything up, train the embedded default, print three samples
+# make quickstart    set everything up, train the embedded default, print three samples; again: go on, print samples
 # make test          set everything up, run the tests
 # make torture       set everything up, kill runs at random moments and resume them (minutes)
 # make conformance   set everything up, run transformers' own model tests on this model (downloads them once)
+# make style         set everything up, check style and types
+#
+# PYTHON=python3.12 names the Python that makes the environment in .venv.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test torture conformance style
+.PHONY: quickstart test torture conformance style python
 
+# A run that was stopped goes on, and one that is complete is not trained again.
 quickstart: .venv/installed
-	$(BIN)/python train_accelerate.py hub_configs/quickstart.yaml
+	$(BIN)/python train_accelerate.py hub_configs/quickstart.yaml \
+		$(if $(wildcard out/quickstart/checkpoints/step-*),--init_from=resume)
 	$(BIN)/python -m modeling_nanogpt.sample out/quickstart --num_samples 3
 
 test: .venv/installed
@@ -20,13 +25,27 @@ torture: .venv/installed
 
 conformance: .venv/installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[conformance]"
-	$(BIN)/python tests/conformance/suite.py
+	$(BIN)/python tests/conformance/suite.py -n auto
 
 style: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-.venv/installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
+# What an interrupted installation leaves behind may look complete to pip, so .venv is then made anew.
+.venv/installed: pyproject.toml constraints.txt | python
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" || { \
+		echo "$(PYTHON) must be Python 3.10 or later: make PYTHON=python3.11 $(MAKECMDGOALS) takes another"; exit 2; }
+	@if [ -e .venv/unfinished ]; then rm -rf .venv; fi
+	@mkdir -p .venv && touch .venv/unfinished
+	[ -x $(BIN)/python ] || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -c constraints.txt -e ".[test,dev]"
-	touch $@
+	@mv .venv/unfinished $@
+
+# Refuse an environment whose Python is gone, or is not the one that is asked for.
+python:
+	@[ ! -e .venv/installed ] || $(BIN)/python -c "" || { \
+		echo "the Python that made .venv is gone: remove .venv, and make sets it up anew"; exit 2; }
+ifneq ($(origin PYTHON),file)
+	@[ ! -e .venv/installed ] || [ "$$($(PYTHON) -V)" = "$$($(BIN)/python -V)" ] || { \
+		echo ".venv has $$($(BIN)/python -V), but PYTHON=$(PYTHON) is $$($(PYTHON) -V): remove .venv first"; exit 2; }
+endif

@@ -21,7 +21,7 @@ import torch
 import yaml
 
 import train_accelerate
-from modeling_nanogpt import muon
+from modeling_nanogpt import muon, optimization
 from modeling_nanogpt.modeling_nanogpt import NanoGPTPreTrainedModel
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -123,8 +123,8 @@ def around_groups(change):
     """A patch that changes each of Muon's parameter groups."""
 
     def patch():
-        groups = muon.muon_groups
-        muon.muon_groups = lambda *args: [change(group) for group in groups(*args)]
+        groups = optimization.muon_groups
+        optimization.muon_groups = lambda *args: [change(group) for group in groups(*args)]
 
     return patch
 
@@ -237,14 +237,19 @@ def train(job: tuple) -> dict:
     torch.set_num_threads(threads)
     base, variants = STUDIES[study]
     flags = base | variants[variant] | common | {"seed": seed}
-    muon.ADAMW_RATE = flags.pop("adamw_rate", muon.ADAMW_RATE) * flags.pop("adamw_times", 1)
+    optimization.ADAMW_RATE = flags.pop("adamw_rate", optimization.ADAMW_RATE) * flags.pop("adamw_times", 1)
     flags.pop("patch", lambda: None)()
     evaluate, calls = train_accelerate.evaluate, itertools.count()
-    # the loop evaluates val, then train; of these only val after the start is looked at here
-    train_accelerate.evaluate = lambda *args: math.nan if (call := next(calls)) % 2 or not call else evaluate(*args)
+
+    def evaluate_val(*args, **size):
+        call = next(calls)  # val and train take turns, and only val after the start of the run is looked at here
+        return math.nan if call == 0 or call % 2 else evaluate(*args, **size)
+
+    train_accelerate.evaluate = evaluate_val
     out_dir = tempfile.mkdtemp()
     recipe = flags.pop("recipe")
-    train_accelerate.main([recipe, *(f"--{key}={value}" for key, value in flags.items()), f"--out_dir={out_dir}"])
+    arguments = [recipe, *(f"--{key}={value}" for key, value in flags.items()), f"--out_dir={out_dir}"]
+    train_accelerate.main(*train_accelerate.parse_arguments(arguments))
     history = [json.loads(line) for line in (Path(out_dir) / "history.jsonl").read_text().splitlines()]
     resolved = yaml.safe_load((Path(out_dir) / "run.yaml").read_text())
     shutil.rmtree(out_dir)

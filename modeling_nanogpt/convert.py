@@ -1,104 +1,162 @@
-"""Checkpoints from and to nanoGPT and GPT-2.
+"""Convert a checkpoint between nanoGPT, this project and GPT-2.
 
-    python -m modeling_nanogpt.convert SOURCE DESTINATION [--to nanogpt|gpt2|ckpt] [--tokenizer NAME] [--revision NAME]
+    python -m modeling_nanogpt.convert out/quickstart out/quickstart-gpt2 --to gpt2
+    python -m modeling_nanogpt.convert out-gpt2/ckpt.pt out/mine --tokenizer openai-community/gpt2
 
-SOURCE is nanoGPT's ckpt.pt or the folder it is in, or a folder or Hub id with a model of this project or of GPT-2's
-architecture. DESTINATION is a new folder, and --to says what it will hold:
+SOURCE is nanoGPT's ckpt.pt or the folder that holds it, or a folder or Hub id with a model of this project or of
+GPT-2's architecture. DESTINATION is a new folder. Weights keep their dtype. --to says what DESTINATION will hold:
 
-    nanogpt   a model of this project, with its code: what training and sampling here take (the default)
-    gpt2      a stock GPT2LMHeadModel, which needs no code of ours: for GGUF, ONNX and serving tools
-    ckpt      nanoGPT's ckpt.pt, which its own sample.py and train.py (init_from=resume) take
+    nanogpt   a model of this project with its code: training and sampling here start from it
+    gpt2      a stock GPT2LMHeadModel without code of ours: GGUF, ONNX and serving tools read it
+    ckpt      nanoGPT's ckpt.pt: nanoGPT's own sample.py and train.py (init_from=resume) read it
 
---tokenizer is for a source that carries none, as ckpt.pt: gpt2, if it was trained on GPT-2's tokens; the text file, if
-on its characters; or a folder or Hub id. --revision is a branch, tag or commit of a source that is a Hub id. Weights
-keep their dtype.
+ckpt.pt carries no tokenizer, so --tokenizer has to name one. For a model trained on GPT-2's tokens this is
+openai-community/gpt2. For a model trained on the characters of input.txt, make the tokenizer first:
+
+    python -m tokenization.prepare --corpus=input.txt --tokenizer=input.txt --data_dir=data/mine
+    python -m modeling_nanogpt.convert out-char/ckpt.pt out/mine --tokenizer data/mine
+
+(--tokenizer=char would add tokens for other characters, which nanoGPT does not have.)
 """
+# ruff: noqa: E402 -- the command reads its flags before it imports torch and transformers, which takes seconds
 
 import argparse
 import os
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-import tiktoken
+from .command_line import CommandParser
+
+parser = CommandParser("modeling_nanogpt.convert", usage="SOURCE DESTINATION [--flag VALUE ...]", description=__doc__)
+parser.add_argument("source", metavar="SOURCE", help="folder, Hub id or ckpt.pt to read")
+parser.add_argument("destination", metavar="DESTINATION", type=Path, help="new folder to write")
+parser.add_argument(
+    "--to", choices=("nanogpt", "gpt2", "ckpt"), default="nanogpt", help="format to write (default: %(default)s)"
+)
+parser.add_argument(
+    "--tokenizer", metavar="NAME", help="folder or Hub id of the tokenizer (default: the source's own)"
+)
+parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a Hub id (default: main)")
+
+
+def parse_arguments() -> argparse.Namespace:
+    return parser.parse(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    arguments = parse_arguments()
+
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, GPT2LMHeadModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from transformers.convert_slow_tokenizer import TikTokenConverter
+from transformers import AutoTokenizer, GPT2LMHeadModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .configuration_nanogpt import NanoGPTConfig
 from .conversion import StateDict, config_to_gpt2, config_to_nanogpt, weights_to_gpt2, weights_to_nanogpt
 from .modeling_nanogpt import NanoGPTForCausalLM
-from .optimization import adamw
-from .sources import build_model, find_ckpt, first_line, read_config, read_weights
+from .optimization import make_optimizer
+from .sources import Source, adopt_tokenizer, build_model, first_line, open_source
+
+MAKE_A_FOLDER = (
+    "`python -m tokenization.prepare --corpus=input.txt --tokenizer=input.txt --data_dir=data/mine` makes a tokenizer "
+    "of the characters in input.txt, and --tokenizer=data/mine takes it"
+)
 
 
-def read_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """GPT-2's tokenizer, that of a folder or Hub id, or the characters of a text file, numbered as nanoGPT does."""
-    if name == "gpt2":
-        return gpt2_tokenizer()
-    if Path(name).is_file():
-        try:
-            return character_tokenizer(sorted(set(Path(name).read_bytes().decode("utf-8"))))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"--tokenizer={name} is not UTF-8 text (at byte {error.start})") from None
+def convert(source: str, destination: Path, to: str, tokenizer: str | None, revision: str | None = None) -> None:
+    """Write the folder `destination`, whole or not at all; raises ValueError if that is not possible.
+
+    `tokenizer` is a folder or Hub id, by default the source. A ckpt.pt of nanoGPT has no tokenizer and gets none.
+    """
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise ValueError(f"{destination} is there already and not empty: name a new folder")
+    opened = open_source(source, revision)
+    chosen = None
+    if to != "ckpt":
+        chosen = choose_tokenizer(opened, tokenizer, revision)
+    if not opened.carries_tokenizer:
+        print(f"{source}: the optimizer's state is left out", file=sys.stderr)
     try:
-        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{name} holds no tokenizer: name one by --tokenizer ({first_line(error)})") from None
-
-
-def gpt2_tokenizer() -> PreTrainedTokenizerFast:
-    """GPT-2's tokenizer, made from what tiktoken knows of it; raises ValueError where it cannot be fetched."""
-    try:
-        encoding = tiktoken.get_encoding("gpt2")
+        with whole_folder(destination) as folder:
+            if chosen is None:
+                write_ckpt(folder, opened.config, opened.weights())
+            elif to == "gpt2":
+                write_gpt2(folder, opened.config, opened.weights(), chosen)
+            else:
+                write_nanogpt(folder, opened.config, opened.weights(), chosen)
     except OSError as error:
-        raise ValueError(f"--tokenizer=gpt2: tiktoken cannot fetch its vocabulary ({first_line(error)})") from None
-    end = "<|endoftext|>"
-    converter = TikTokenConverter(pattern=encoding._pat_str, extra_special_tokens=[end])
-    converter.load_tiktoken_bpe = lambda vocab_file: encoding._mergeable_ranks  # there is no file to read them from
-    return PreTrainedTokenizerFast(
-        tokenizer_object=converter.converted(),
-        bos_token=end,
-        eos_token=end,
-        pad_token=end,
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-    )
+        raise ValueError(f"{destination} cannot be written ({error}): name another folder") from None
 
 
-def character_tokenizer(characters: list[str]) -> PreTrainedTokenizerFast:
-    """One token for each character and none besides, as the model has no more: other characters are refused."""
-    tokenizer = Tokenizer(models.WordLevel({character: i for i, character in enumerate(characters)}))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", clean_up_tokenization_spaces=False)
+def choose_tokenizer(source: Source, name: str | None, revision: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or Hub id, or else the source's own; raises ValueError if the model cannot use it."""
+    if name is None and not source.carries_tokenizer:
+        raise ValueError(
+            f"{source.name} carries no tokenizer: name one by --tokenizer. For GPT-2's tokens this is "
+            f"openai-community/gpt2; {MAKE_A_FOLDER}"
+        )
+    if name is not None and Path(name).is_file():
+        raise ValueError(f"--tokenizer={name} is a file, but it must be a folder or a Hub id: {MAKE_A_FOLDER}")
+    if name is not None:
+        revision = None  # of the source
+    place = name or source.name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{place} holds no tokenizer ({first_line(error)}): name another by --tokenizer") from None
+    if len(tokenizer) > source.config.vocab_size:
+        raise ValueError(
+            f"{place} has {len(tokenizer)} tokens, but {source.name} was trained on {source.config.vocab_size} at "
+            "most: name its own tokenizer by --tokenizer"
+        )
+    tokenizer.model_max_length = source.config.block_size
+    return tokenizer
+
+
+@contextmanager
+def whole_folder(destination: Path) -> Iterator[Path]:
+    """An empty folder to write into, which becomes `destination` once all is written. An error leaves neither."""
+    staging = destination.with_name(destination.name + ".partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        staging.mkdir(parents=True)
+        yield staging
+        if destination.exists():
+            destination.rmdir()  # it is empty; Windows renames onto no folder
+        os.rename(staging, destination)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def write_nanogpt(folder: Path, config: NanoGPTConfig, weights: StateDict, tokenizer: PreTrainedTokenizerBase) -> None:
-    """A model of ours, which never generates an id beyond the tokenizer's."""
-    model = build_model(NanoGPTForCausalLM, config, weights, weights["transformer.wte.weight"].dtype)
-    model.generation_config.suppress_tokens = list(range(len(tokenizer), config.vocab_size)) or None
+    """A model of this project."""
+    model = build_model(NanoGPTForCausalLM, config, weights, dtype_of(weights))
+    adopt_tokenizer(model, tokenizer)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 def write_gpt2(folder: Path, config: NanoGPTConfig, weights: StateDict, tokenizer: PreTrainedTokenizerBase) -> None:
-    """A stock GPT-2 with as many tokens as the tokenizer has: what our vocabulary is padded with is cut off."""
-    count, dtype = len(tokenizer), weights["transformer.wte.weight"].dtype
-    model = build_model(GPT2LMHeadModel, config_to_gpt2(config, count), weights_to_gpt2(weights, count), dtype)
-    model.save_pretrained(folder)
+    """A stock GPT-2 with exactly the tokenizer's tokens: what pads our vocabulary is cut off."""
+    count = len(tokenizer)
+    stock = build_model(
+        GPT2LMHeadModel, config_to_gpt2(config, count), weights_to_gpt2(weights, count), dtype_of(weights)
+    )
+    adopt_tokenizer(stock, tokenizer)
+    stock.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def write_ckpt(folder: Path, config: NanoGPTConfig, weights: StateDict, tokenizer: None) -> None:
-    """What nanoGPT's train.py saves, at iteration 0 and with an AdamW that has not stepped yet."""
+def write_ckpt(folder: Path, config: NanoGPTConfig, weights: StateDict) -> None:
+    """What nanoGPT's train.py saves, at iteration 0, with an AdamW that has not made a step yet."""
     model_args = config_to_nanogpt(config)
-    model = build_model(NanoGPTForCausalLM, config, weights, weights["transformer.wte.weight"].dtype)
+    model = build_model(NanoGPTForCausalLM, config, weights, dtype_of(weights))
+    optimizer = make_optimizer("adamw", model, learning_rate=6e-4, betas=(0.9, 0.95), weight_decay=0.1)
     checkpoint = {
         "model": weights_to_nanogpt(weights),
-        "optimizer": adamw(model, learning_rate=6e-4, betas=(0.9, 0.95), weight_decay=0.1).state_dict(),
+        "optimizer": optimizer.state_dict(),
         "model_args": model_args,
         "iter_num": 0,
         "best_val_loss": 1e9,
@@ -107,62 +165,20 @@ def write_ckpt(folder: Path, config: NanoGPTConfig, weights: StateDict, tokenize
     torch.save(checkpoint, folder / "ckpt.pt")
 
 
-WRITERS = {"nanogpt": write_nanogpt, "gpt2": write_gpt2, "ckpt": write_ckpt}
+def dtype_of(weights: StateDict) -> torch.dtype:
+    """The dtype of a model's weights, which is one for all."""
+    return weights["transformer.wte.weight"].dtype
 
 
-def convert(source: str, destination: Path, to: str, tokenizer_name: str | None, revision: str | None = None) -> None:
-    """Write the destination from the source, whole or not at all; raises ValueError where that cannot be."""
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise ValueError(f"{destination} is there already and not empty: name a new folder")
-    config = read_config(source, revision)
-    tokenizer = None
-    if to != "ckpt":  # nanoGPT keeps no tokenizer with its checkpoints
-        if find_ckpt(source) and not tokenizer_name:
-            raise ValueError(f"{source} carries no tokenizer: name one by --tokenizer")
-        tokenizer = read_tokenizer(tokenizer_name) if tokenizer_name else read_tokenizer(source, revision)
-        if len(tokenizer) > config.vocab_size:
-            raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, and the model {config.vocab_size}")
-        tokenizer.model_max_length = config.block_size
-        config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-        config.pad_token_id = tokenizer.pad_token_id
-    if find_ckpt(source):
-        print(f"{source}: the optimizer's state is left out", file=sys.stderr)
-    staging = destination.with_name(destination.name + ".partial")
-    try:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-        WRITERS[to](staging, config, read_weights(source, revision), tokenizer)
-        if destination.exists():
-            destination.rmdir()
-        os.rename(staging, destination)
-    except OSError as error:
-        raise ValueError(f"{destination} cannot be written: {error}") from None
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def main() -> None:
+def main(arguments: argparse.Namespace) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    parser = argparse.ArgumentParser(
-        prog="python -m modeling_nanogpt.convert",
-        usage=argparse.SUPPRESS,  # it would stand above each error; the description shows it
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("source", metavar="SOURCE")
-    parser.add_argument("destination", metavar="DESTINATION", type=Path)
-    parser.add_argument("--to", choices=WRITERS, default="nanogpt", help="default: nanogpt")
-    parser.add_argument("--tokenizer", help="default: the source's own")
-    parser.add_argument("--revision", metavar="NAME", help="default: main")
-    args = parser.parse_args()
     try:
-        convert(args.source, args.destination, args.to, args.tokenizer, args.revision)
+        convert(arguments.source, arguments.destination, arguments.to, arguments.tokenizer, arguments.revision)
     except ValueError as mistake:
-        parser.error(" ".join(str(mistake).split()))
-    print(f"{args.destination} holds {args.source} as {args.to}")
+        parser.error(str(mistake))
+    print(f"{arguments.destination} holds {arguments.source} as {arguments.to}")
 
 
 if __name__ == "__main__":
-    main()
+    main(arguments)

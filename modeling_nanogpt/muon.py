@@ -6,7 +6,6 @@ from collections import defaultdict
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 # One (a, b, c) for each iteration: the quintic nearest to 1 where the one before has put the singular values (and one
@@ -18,7 +17,6 @@ COEFFICIENTS = (
     (3.6936, -2.7094, 0.5186),
     (2.7900, -2.0467, 0.4465),
 )
-ADAMW_RATE = 100.0  # AdamW learns at the learning rate times that over n_embd (docs/fast_recipe.md)
 
 
 @functools.cache
@@ -52,28 +50,6 @@ def as_matrices(weight: torch.Tensor, parts: int) -> torch.Tensor:
     """A view of a weight as the matrices that it holds one above the other, each lying: (parts, R, C), R <= C."""
     matrices = weight.unflatten(0, (parts, -1))
     return matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
-
-
-def muon_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Parameter groups: the blocks' matrices; then, for AdamW, embeddings and head, which decay, and all vectors.
-
-    `parts` is the number of matrices in a weight, 0 for AdamW: the fused projection to q, k and v is three matrices.
-    `rate` times the learning rate is that of the group: 1 for matrices, whose steps have the same norm at any width.
-    AdamW's have the same size in each number, and a logit is a sum of n_embd of them: so its rate falls as 1 / n_embd
-    (Yang et al., "Tensor Programs V", 2203.03466).
-    """
-    of_adamw = {"parts": 0, "rate": ADAMW_RATE / model.config.n_embd}
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    matrices = {name: p for name, p in named.items() if name.startswith("transformer.h.") and p.ndim == 2}
-    fused = [p for name, p in matrices.items() if name.endswith(".c_attn.weight")]
-    single = [p for name, p in matrices.items() if not name.endswith(".c_attn.weight")]
-    rest = [p for name, p in named.items() if name not in matrices]
-    return [
-        {"params": fused, "weight_decay": weight_decay, "parts": 3},
-        {"params": single, "weight_decay": weight_decay, "parts": 1},
-        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay, **of_adamw},
-        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0, **of_adamw},
-    ]
 
 
 class Muon(torch.optim.Optimizer):
@@ -119,8 +95,6 @@ class Muon(torch.optim.Optimizer):
     def _momentum(self, params: list[nn.Parameter], momentum: float, skip: torch.Tensor | None) -> list[torch.Tensor]:
         """Take the gradients into the momenta; returns Nesterov's look ahead, of the shapes of the parameters."""
         for p in params:
-            if isinstance(p, DTensor):
-                raise ValueError("optimizer=muon needs whole matrices, which FSDP cuts up: take optimizer=adamw")
             if not self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
         if not params:
@@ -159,11 +133,3 @@ class Muon(torch.optim.Optimizer):
         options = {key: group[key] for key in ("weight_decay", "eps", "fused")} | {"lr": group["lr"] * group["rate"]}
         options |= {"beta1": beta1, "beta2": beta2, "amsgrad": False, "maximize": False, "found_inf": skip}
         adamw(params, gradients, means, squares, [], steps, **options)
-
-
-def muon(
-    model: nn.Module, learning_rate: float, betas: tuple[float, float], weight_decay: float, momentum: float = 0.95
-) -> Muon:
-    """Muon over the blocks' matrices, and over all else AdamW, whose betas these are; fused where the device can."""
-    fused = model.device.type in ("cpu", "cuda", "mps", "xpu")
-    return Muon(muon_groups(model, weight_decay), learning_rate, betas, momentum, fused)

@@ -1,61 +1,123 @@
 """The optimizer, and the learning rate as a pure function of the step."""
 
 import math
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 
 import torch
 from torch import nn
 
-from .muon import muon
+from .modeling_nanogpt import NanoGPTForCausalLM
+from .muon import Muon
+
+FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")  # one kernel updates all weights; PyTorch has that kernel for these
+ADAMW_RATE = 100.0  # beside Muon, AdamW's learning rate is learning_rate * ADAMW_RATE / n_embd (docs/fast_recipe.md)
 
 
-def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two parameter groups: matrices and embeddings, which decay, and biases and norms, which do not.
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate of each optimizer step, counted from 0.
 
-    A tied weight is one parameter, and counts once.
+    The rate rises in a line for warmup_iters steps. The first step already learns, at 1 / (warmup_iters + 1) of the
+    peak. Then lr_schedule takes the rate down to min_lr, which it reaches at step lr_decay_iters:
+
+        cosine      along half a cosine
+        linear      along a line
+        wsd         warmup, stable, decay: the peak, then a line over the last decay_fraction of lr_decay_iters
+        constant    not at all: the rate stays at the peak
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    learning_rate: float  # the peak
+    min_lr: float
+    warmup_iters: int
+    lr_decay_iters: int
+    lr_schedule: str = "cosine"
+    decay_fraction: float = 0.4
+
+    @classmethod
+    def of(cls, flags) -> "Schedule":
+        """The schedule that flags of the same names describe."""
+        return cls(**{field.name: getattr(flags, field.name) for field in fields(cls)})
+
+    def __call__(self, step: int) -> float:
+        if step < self.warmup_iters:
+            return self.learning_rate * (step + 1) / (self.warmup_iters + 1)
+        if self.lr_schedule == "constant":
+            return self.learning_rate
+        decay_start: float = self.warmup_iters
+        if self.lr_schedule == "wsd":
+            decay_start = max(self.warmup_iters, self.lr_decay_iters * (1 - self.decay_fraction))
+        if step < decay_start:
+            return self.learning_rate
+        if step >= self.lr_decay_iters:
+            return self.min_lr
+        progress = (step - decay_start) / (self.lr_decay_iters - decay_start)  # 0 to 1
+        remaining = 1 - progress
+        if self.lr_schedule == "cosine":
+            remaining = 0.5 * (1 + math.cos(math.pi * progress))
+        return self.min_lr + remaining * (self.learning_rate - self.min_lr)
+
+
+def check_optimizer(name: str, sharded: bool) -> None:
+    """Raise ValueError if an optimizer cannot train weights that are sharded, as FSDP shards them."""
+    if name == "muon" and sharded:
+        raise ValueError("optimizer=muon needs whole matrices, but FSDP shards them: use --optimizer=adamw")
+
+
+def make_optimizer(
+    name: str,
+    model: NanoGPTForCausalLM,
+    *,
+    learning_rate: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    momentum: float = 0.95,
+) -> torch.optim.Optimizer:
+    """The optimizer of all weights that train: `adamw`, or `muon` for the blocks' matrices and AdamW for the rest.
+
+    `betas` are AdamW's, `momentum` is Muon's. AdamW: Loshchilov & Hutter, 1711.05101.
+    """
+    fused = model.device.type in FUSED_DEVICES
+    if name == "muon":
+        groups = muon_groups(model, weight_decay)
+        return Muon(groups, lr=learning_rate, betas=betas, momentum=momentum, fused=fused)
+    groups = decay_groups(model.parameters(), weight_decay)
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
+
+
+def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict]:
+    """Two parameter groups: matrices and embeddings, which decay; biases and norms, which do not.
+
+    `model.parameters()` names a tied weight once, so the weight is in one group once.
+    """
+    trained = [p for p in parameters if p.requires_grad]
     return [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
 
 
-def adamw(
-    model: nn.Module, learning_rate: float, betas: tuple[float, float], weight_decay: float
-) -> torch.optim.AdamW:
-    """AdamW over the decay groups, in one fused kernel where the device has one (Loshchilov & Hutter, 1711.05101)."""
-    fused = model.device.type in ("cpu", "cuda", "mps", "xpu")
-    return torch.optim.AdamW(decay_groups(model, weight_decay), lr=learning_rate, betas=betas, fused=fused)
+def muon_groups(model: NanoGPTForCausalLM, weight_decay: float) -> list[dict]:
+    """Parameter groups for Muon: the blocks' matrices; then, for AdamW, the decay groups of all other weights.
 
-
-def make_optimizer(name: str, model: nn.Module, *settings, momentum: float) -> torch.optim.Optimizer:
-    """adamw or muon, by that name, over the model's parameters; the settings are theirs, momentum is Muon's."""
-    return muon(model, *settings, momentum) if name == "muon" else adamw(model, *settings)
-
-
-def learning_rate_at(
-    step: int,
-    learning_rate: float,
-    min_lr: float,
-    warmup_iters: int,
-    lr_decay_iters: int,
-    lr_schedule: str = "cosine",
-    decay_fraction: float = 0.4,
-) -> float:
-    """Linear warmup over warmup_iters optimizer steps, then the schedule, down to min_lr at lr_decay_iters.
-
-    cosine is half a cosine, linear a straight line; wsd (warmup, stable, decay) stays at the top until the last
-    decay_fraction of lr_decay_iters, and is a line from there; constant never leaves the top. Steps count from 0, and
-    the first one already moves: it has 1 / (warmup_iters + 1) of the full rate.
+    `parts` is how many matrices a weight holds: three in the fused projection to q, k and v. 0 leaves it to AdamW.
+    `rate` multiplies the learning rate. A step of Muon has the same norm at any width, so its matrices have 1. A step
+    of AdamW has the same size in every number, and a logit sums n_embd of them, so AdamW's rate falls as 1 / n_embd
+    (Yang et al., "Tensor Programs V", 2203.03466).
     """
-    if step < warmup_iters:
-        return learning_rate * (step + 1) / (warmup_iters + 1)
-    start = {"constant": math.inf, "wsd": lr_decay_iters * (1 - decay_fraction)}.get(lr_schedule, warmup_iters)
-    start = max(start, warmup_iters)
-    if step < start:
-        return learning_rate
-    if step >= lr_decay_iters:
-        return min_lr
-    progress = (step - start) / (lr_decay_iters - start)  # 0 to 1
-    remaining = 0.5 * (1 + math.cos(math.pi * progress)) if lr_schedule == "cosine" else 1 - progress
-    return min_lr + remaining * (learning_rate - min_lr)
+    fused, single, rest = [], [], []
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        if not (name.startswith("transformer.h.") and p.ndim == 2):
+            rest.append(p)
+        elif name.endswith(".c_attn.weight"):
+            fused.append(p)
+        else:
+            single.append(p)
+    adamw = {"parts": 0, "rate": ADAMW_RATE / model.config.n_embd}
+    return [
+        {"params": fused, "weight_decay": weight_decay, "parts": 3},
+        {"params": single, "weight_decay": weight_decay, "parts": 1},
+        *(group | adamw for group in decay_groups(rest, weight_decay)),
+    ]

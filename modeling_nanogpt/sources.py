@@ -1,16 +1,27 @@
-"""Where a model can come from: a folder or Hub id, of this project or of GPT-2's architecture, or nanoGPT's ckpt.pt.
+"""Where a model can come from: a folder or Hub id of this project or of GPT-2's architecture, or nanoGPT's ckpt.pt.
 
-The configuration and the weights are read apart, so that a mistake shows before any weight is loaded.
+Opening a source reads its configuration alone, so a mistake shows before any weight is loaded.
 """
 
 import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from . import registration  # noqa: F401  the auto classes know our model from here on
 from .configuration_nanogpt import NanoGPTConfig
 from .conversion import (
     StateDict,
@@ -22,97 +33,42 @@ from .conversion import (
 )
 from .modeling_nanogpt import NanoGPTForCausalLM
 
-
-def know_tokens(model: PreTrainedModel, count: int, end: int | None) -> None:
-    """Tell a model that its tokenizer has `count` tokens and which of them ends a text; others are never generated."""
-    for holder in (model.config, model.generation_config):
-        holder.bos_token_id = holder.eos_token_id = holder.pad_token_id = end
-    model.generation_config.suppress_tokens = list(range(count, model.config.vocab_size)) or None
+Model = TypeVar("Model", bound=PreTrainedModel)
 
 
-def choose_config(init_from: str, given: dict, revision: str | None = None) -> NanoGPTConfig:
-    """The model's shape: what is given, or a source's own, which may get another dropout or a smaller block_size.
+@dataclass(frozen=True)
+class Source:
+    """A model that is there: what its configuration says, and the way to its weights."""
 
-    `given` holds keys of NanoGPTConfig; raises ValueError where it contradicts the source. `revision` is the branch,
-    tag or commit of a Hub id.
+    name: str  # the folder, file or Hub id
+    config: NanoGPTConfig
+    carries_tokenizer: bool  # nanoGPT's ckpt.pt does not
+    weights: Callable[[], StateDict]  # under our names, in their own dtype; ValueError if they cannot be read
+
+    def model(self, config: NanoGPTConfig) -> NanoGPTForCausalLM:
+        """The model in float32. `config` may differ from the source's in dropout, and in a smaller block_size."""
+        weights = crop_positions(self.weights(), config.block_size)
+        return build_model(NanoGPTForCausalLM, config, weights, torch.float32)
+
+
+def open_source(name: str, revision: str | None = None) -> Source:
+    """Recognise what a name stands for and read its configuration.
+
+    `revision` is the branch, tag or commit of a Hub id. Raises ValueError if this is not a model that we know.
     """
-    theirs, changes = None, given
-    if init_from != "scratch":
-        try:
-            theirs = read_config(init_from, revision)
-        except ValueError as mistake:
-            raise ValueError(f"init_from={mistake}") from None
-        block_size = min(given.get("block_size", theirs.block_size), theirs.block_size)
-        changes = theirs.to_dict() | {"dropout": given.get("dropout", theirs.dropout), "block_size": block_size}
-    try:
-        config = NanoGPTConfig(**changes)
-    except StrictDataclassError as error:
-        raise ValueError(str(error.__cause__)) from None
-    if theirs is not None:
-        check_given(config, given, init_from)
-    return config
-
-
-def check_given(config: NanoGPTConfig, given: dict, source: str) -> None:
-    """Raise ValueError where a given key of NanoGPTConfig is not what the source has."""
-    for key, value in given.items():
-        theirs = getattr(config, key)
-        if value != theirs:
-            raise ValueError(f"{key}={value}, but init_from={source} has {key}={theirs}: leave it out")
-
-
-def load_model(init_from: str, config: NanoGPTConfig, revision: str | None = None) -> NanoGPTForCausalLM:
-    """The model that a source holds, in float32; `config` is its own, but for dropout and a smaller block_size."""
-    try:
-        weights = crop_positions(read_weights(init_from, revision), config.block_size)
-    except ValueError as mistake:
-        raise ValueError(f"init_from={mistake}") from None
-    return build_model(NanoGPTForCausalLM, config, weights, torch.float32)
-
-
-def read_config(source: str, revision: str | None = None) -> NanoGPTConfig:
-    """The configuration of what a source holds; raises ValueError where that is none of the models we know.
-
-    `revision` is the branch, tag or commit of a Hub id.
-    """
-    if revision and Path(source).exists():
-        raise ValueError(f"{source} is on this machine, but revision={revision} is for a Hub id: leave it out")
-    try:
-        if ckpt := find_ckpt(source):
-            return config_from_nanogpt(read_ckpt(ckpt)["model_args"])
-        config = read_auto_config(source, revision)
-        if isinstance(config, GPT2Config):
-            return config_from_gpt2(config)
-        config.use_cache = True  # Trainer saves False, which was for its training: text is generated with a cache
-        return config
-    except StrictDataclassError as error:
-        raise ValueError(f"{source}: {error.__cause__}") from None
-    except KeyError as error:
-        raise ValueError(f"{source}: its model_args have no {error}") from None
-
-
-def read_weights(source: str, revision: str | None = None) -> StateDict:
-    """The weights of what a source holds, under our names and in their own dtype; raises ValueError without any."""
-    if ckpt := find_ckpt(source):
-        return weights_from_nanogpt(read_ckpt(ckpt)["model"])
-    config = read_auto_config(source, revision)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(source, revision=revision, trust_remote_code=False, dtype="auto")
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{source} holds no weights that can be read ({first_line(error)})") from None
-    return weights_from_gpt2(model.state_dict()) if isinstance(config, GPT2Config) else model.state_dict()
-
-
-def find_ckpt(source: str) -> Path | None:
-    """The path of ckpt.pt where a source is that file, or the folder it is in."""
-    path = Path(source)
-    if path.is_dir():
+    path = Path(name)
+    if revision and path.exists():
+        raise ValueError(f"{name} is on this machine, but revision={revision} is for a Hub id: leave it out")
+    if path.is_dir() and (path / "ckpt.pt").is_file():
         path = path / "ckpt.pt"
-    return path if path.is_file() else None
+    try:
+        return open_ckpt(name, path) if path.is_file() else open_pretrained(name, revision)
+    except StrictDataclassError as error:
+        raise ValueError(f"{name}: {error.__cause__}") from None
 
 
-def read_ckpt(path: Path) -> dict:
-    """What nanoGPT saved, mapped rather than loaded; no code that the pickle may hold is run."""
+def open_ckpt(name: str, path: Path) -> Source:
+    """The ckpt.pt that nanoGPT saved. Its weights are mapped from the disk; code in the pickle does not run."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError:
@@ -122,25 +78,77 @@ def read_ckpt(path: Path) -> dict:
     except (OSError, RuntimeError, EOFError, ValueError):
         raise ValueError(f"{path} is not a checkpoint that nanoGPT saved") from None
     if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
-        raise ValueError(f"{path} is not nanoGPT's: it has no model and model_args")
-    return checkpoint
-
-
-def read_auto_config(source: str, revision: str | None) -> NanoGPTConfig | GPT2Config:
-    """The config.json of a folder or Hub id, of the two architectures that we know."""
+        raise ValueError(f"{path} is not a checkpoint of nanoGPT: it has no model and model_args")
     try:
-        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+        config = config_from_nanogpt(checkpoint["model_args"])
+    except KeyError as error:
+        raise ValueError(f"{path} is not a checkpoint of nanoGPT: its model_args have no {error}") from None
+    return Source(
+        name=name,
+        config=config,
+        carries_tokenizer=False,
+        weights=lambda: weights_from_nanogpt(checkpoint["model"]),
+    )
+
+
+def open_pretrained(name: str, revision: str | None) -> Source:
+    """A folder or Hub id with a config.json, of this project's architecture or of GPT-2's."""
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{source} holds no model ({first_line(error)})") from None
-    if not isinstance(config, NanoGPTConfig | GPT2Config):
-        raise ValueError(f"{source} holds a model of type {config.model_type}, neither nanogpt nor gpt2")
+        raise ValueError(f"{name} holds no model ({first_line(error)})") from None
+
+    def read_weights() -> StateDict:
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                name, revision=revision, config=config, dtype="auto", trust_remote_code=False
+            )
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise ValueError(f"{name} holds no weights that can be read ({first_line(error)})") from None
+        return model.state_dict()
+
+    if isinstance(config, NanoGPTConfig):
+        config.use_cache = True  # Trainer turns the cache off for its training, and saves that; generation needs it
+        return Source(name=name, config=config, carries_tokenizer=True, weights=read_weights)
+    if isinstance(config, GPT2Config):
+        return Source(
+            name=name,
+            config=config_from_gpt2(config),
+            carries_tokenizer=True,
+            weights=lambda: weights_from_gpt2(read_weights()),
+        )
+    raise ValueError(f"{name} holds a model of type {config.model_type}, but only nanogpt and gpt2 can be read")
+
+
+def choose_config(given: dict, source: Source | None) -> NanoGPTConfig:
+    """The shape of the model to train: from the flags; or the source's, with another dropout or a smaller block_size.
+
+    `given` holds keys of NanoGPTConfig. Raises ValueError if they contradict the source, or cannot form a model.
+    """
+    changes = given
+    if source is not None:
+        theirs = source.config
+        block_size = min(given.get("block_size", theirs.block_size), theirs.block_size)
+        changes = theirs.to_dict() | {"dropout": given.get("dropout", theirs.dropout), "block_size": block_size}
+    try:
+        config = NanoGPTConfig(**changes)
+    except StrictDataclassError as error:
+        raise ValueError(str(error.__cause__)) from None
+    if source is not None:
+        check_given(config, given, source.name)
     return config
 
 
-def build_model(
-    model_class: type[PreTrainedModel], config: PreTrainedConfig, weights: StateDict, dtype: torch.dtype
-) -> PreTrainedModel:
-    """A model with just these weights, in this dtype; raises ValueError where they are not all of it, or more."""
+def check_given(config: NanoGPTConfig, given: dict, source: str) -> None:
+    """Raise ValueError if a given key of NanoGPTConfig is not what the source has."""
+    for key, value in given.items():
+        theirs = getattr(config, key)
+        if value != theirs:
+            raise ValueError(f"{key}={value}, but init_from={source} has {key}={theirs}: leave out --{key}")
+
+
+def build_model(model_class: type[Model], config: PreTrainedConfig, weights: StateDict, dtype: torch.dtype) -> Model:
+    """A model with exactly these weights, in this dtype; raises ValueError if some are missing or left over."""
     try:
         model, report = model_class.from_pretrained(
             None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
@@ -151,6 +159,22 @@ def build_model(
     if wrong:
         raise ValueError(f"these weights do not fit the model: {', '.join(sorted(wrong))}")
     return model
+
+
+def adopt_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make a model and its tokenizer fit: where texts end, which ids there are, and how long a text may be.
+
+    The vocabulary may be padded beyond the tokenizer. A tokenizer without a token for beginning or padding has its
+    end-of-text token serve for them; one without an end-of-text token leaves all three unset.
+    """
+    end = tokenizer.eos_token_id
+    for holder in (model.config, model.generation_config):
+        holder.eos_token_id = end
+        holder.bos_token_id = end if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        holder.pad_token_id = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    padding = list(range(len(tokenizer), model.config.vocab_size))
+    model.generation_config.suppress_tokens = padding or None
 
 
 def first_line(error: Exception) -> str:

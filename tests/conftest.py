@@ -1,18 +1,28 @@
-"""No network, one thread each (fastest for models this small), and what a test is handed: a run to look at, a Hub."""
+"""No network, a cache of one's own, one thread each, and what a test is handed: a run to look at, a Hub.
+
+What takes seconds to import is imported in the functions below, since one of several pytest processes only hands out
+the tests to the others.
+"""
 
 import os
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read once, when huggingface_hub is first imported
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # here and in every process that a test starts
+import shutil
+import tempfile
 
 import pytest
-import torch
 
-from support.hub import Hub
-from support.tiny_run import train
+# For this process and for those that its tests start. huggingface_hub reads the first two when it is first imported.
+CACHE = tempfile.mkdtemp(prefix="tests-of-nanogpt-")
+os.environ |= {"HF_HOME": CACHE, "HF_HUB_OFFLINE": "1"}
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # fastest for models this small
+
+
+def pytest_unconfigure():
+    shutil.rmtree(CACHE, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items):
+    import torch
+
     if torch.cuda.is_available():
         return
     for item in items:
@@ -23,11 +33,15 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def run(tmp_path_factory):
     """A finished run of the tiny recipe, to read and never to write."""
+    from support.tiny_run import train
+
     return train(tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture
 def hub():
     """An empty Hub on loopback, for processes that a test starts by its `run`."""
+    from support.hub import Hub
+
     with Hub() as hub:
         yield hub

@@ -30,7 +30,7 @@ from transformers import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from modeling_nanogpt import NanoGPTForCausalLM
-from modeling_nanogpt.sources import read_config
+from modeling_nanogpt.sources import open_source
 from support.models import BLOCK, VOCAB, make_model, make_tokens
 
 CODE = {"configuration_nanogpt.py", "modeling_nanogpt.py"}
@@ -207,7 +207,7 @@ def test_what_trainer_saves_still_generates_with_a_cache(tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
     assert lengths_fed(trainer.model) == lengths_fed(loaded) == [4, 1, 1, 1, 1]
     assert loaded(make_tokens(1, 4), use_cache=True).past_key_values.get_seq_length() == 4
-    going_on = NanoGPTForCausalLM(read_config(str(tmp_path)))  # as conversion and training from this folder do
+    going_on = NanoGPTForCausalLM(open_source(str(tmp_path)).config)  # as conversion and training from this folder do
     assert lengths_fed(going_on) == [4, 1, 1, 1, 1]
 
 

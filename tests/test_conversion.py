@@ -15,10 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, GPT2Co
 
 from modeling_nanogpt import NanoGPTConfig, NanoGPTForCausalLM, conversion, convert
 from modeling_nanogpt.conversion import unwrap, weights_from_gpt2, weights_to_gpt2
-from modeling_nanogpt.sources import build_model, read_config, read_weights
+from modeling_nanogpt.sources import build_model, open_source
 from support.references import exact_gelu, make_counterpart, reference_logits
 from support.tiny_run import TINY, train
-from tokenization.vocabularies import train_char_tokenizer
+from tokenization.arguments import DataArguments
+from tokenization.prepare import prepare
 
 IDS = torch.randint(0, 50, (2, 16), generator=torch.Generator().manual_seed(0))
 
@@ -43,6 +44,11 @@ def gpt2(**changes) -> GPT2LMHeadModel:
     return stirred(GPT2LMHeadModel(GPT2Config(**shape | ends | changes)))
 
 
+def load(path: Path) -> NanoGPTForCausalLM:
+    source = open_source(str(path))
+    return source.model(source.config)
+
+
 def logits(model) -> torch.Tensor:
     with torch.no_grad():
         return model(IDS).logits
@@ -65,17 +71,23 @@ def write_ckpt(path: Path, source: NanoGPTForCausalLM, prefix: str = "", **more)
     return path
 
 
+def make_tokenizer(folder: Path, text: str, kind: str = "char") -> str:
+    """A data_dir, in this folder, that holds the tokenizer."""
+    corpus = folder / "corpus.txt"
+    corpus.write_text(text)
+    arguments = DataArguments(corpus=str(corpus), tokenizer=kind, data_dir=str(folder / "data"), val_fraction=0.5)
+    return str(prepare(arguments).folder)
+
+
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory) -> str:
     """A folder with a tokenizer of 322 tokens, fewer than the models here have."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    train_char_tokenizer(["".join(chr(48 + i) for i in range(65))]).save_pretrained(folder)
-    return str(folder)
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"), "".join(chr(48 + i) for i in range(65)))
 
 
 def run_convert(monkeypatch, *argv) -> None:
     monkeypatch.setattr(sys, "argv", ["convert", *map(str, argv)])
-    convert.main()
+    convert.main(convert.parse_arguments())
 
 
 # --- nanoGPT ---------------------------------------------------------------------------------------------------------
@@ -86,7 +98,7 @@ def run_convert(monkeypatch, *argv) -> None:
 def test_a_nanogpt_checkpoint_has_the_logits_of_the_definition(tmp_path, bias, prefix):
     model = stirred(make_counterpart(bias))
     path = write_ckpt(tmp_path / "ckpt.pt", model, prefix)
-    loaded = build_model(NanoGPTForCausalLM, read_config(path), read_weights(path), torch.float32).eval()
+    loaded = load(path).eval()
     weights = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
     expected = reference_logits(weights, IDS, exact_gelu)
     torch.testing.assert_close(logits(loaded), expected.detach(), atol=1e-5, rtol=1e-5)
@@ -96,7 +108,7 @@ def test_old_mask_buffers_are_left_out(tmp_path):
     model = ours(bias=True)
     buffers = {f"transformer.h.{layer}.attn.bias": torch.ones(1, 1, 16, 16).tril() for layer in range(2)}
     path = write_ckpt(tmp_path / "ckpt.pt", model, model=model.state_dict() | buffers)
-    weights = read_weights(path)
+    weights = open_source(str(path)).weights()
     assert set(weights) == set(model.state_dict())
     assert "transformer.h.0.attn.c_attn.bias" in weights
 
@@ -157,7 +169,7 @@ def test_wrappers_are_taken_off_the_front_only(name, bare):
 def test_a_gpt2_has_the_same_logits_here(tmp_path, changes):
     model = gpt2(**changes)
     model.save_pretrained(tmp_path)
-    loaded = build_model(NanoGPTForCausalLM, read_config(tmp_path), read_weights(tmp_path), torch.float32).eval()
+    loaded = load(tmp_path).eval()
     torch.testing.assert_close(logits(loaded), logits(model), atol=1e-5, rtol=1e-5)
 
 
@@ -211,7 +223,7 @@ def test_a_bare_gpt2_with_mask_buffers_is_read_by_its_own_names():
 def test_a_saved_bare_gpt2_loads(tmp_path):
     whole = gpt2()
     whole.transformer.save_pretrained(tmp_path)
-    loaded = build_model(NanoGPTForCausalLM, read_config(tmp_path), read_weights(tmp_path), torch.float32).eval()
+    loaded = load(tmp_path).eval()
     torch.testing.assert_close(logits(loaded), logits(whole), atol=1e-5, rtol=1e-5)
 
 
@@ -270,9 +282,9 @@ print(json.dumps(tokenizer.decode(model.generate(**inputs, max_new_tokens=10, do
 
 def test_characters_of_a_text_file_are_numbered_as_nanogpt_does(tmp_path, monkeypatch):
     text = "to be, or not\nto be"
-    (tmp_path / "text.txt").write_text(text)
     path = write_ckpt(tmp_path / "ckpt.pt", ours(vocab_size=len(set(text))))
-    run_convert(monkeypatch, path, tmp_path / "b", "--tokenizer", tmp_path / "text.txt")
+    folder = make_tokenizer(tmp_path, text, kind=str(tmp_path / "corpus.txt"))  # as --help says
+    run_convert(monkeypatch, path, tmp_path / "b", "--tokenizer", folder)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "b")
     numbers = {character: i for i, character in enumerate(sorted(set(text)))}
     assert tokenizer(text).input_ids == [numbers[character] for character in text]
@@ -282,7 +294,7 @@ def test_characters_of_a_text_file_are_numbered_as_nanogpt_does(tmp_path, monkey
 @pytest.mark.skipif("TIKTOKEN_CACHE_DIR" not in os.environ, reason="needs GPT-2's vocabulary in TIKTOKEN_CACHE_DIR")
 def test_the_tokenizer_gpt2_is_tiktokens(tmp_path, monkeypatch):
     path = write_ckpt(tmp_path / "ckpt.pt", ours(vocab_size=50304))
-    run_convert(monkeypatch, path, tmp_path / "b", "--tokenizer", "gpt2")
+    run_convert(monkeypatch, path, tmp_path / "b", "--tokenizer", make_tokenizer(tmp_path, "to be or not", "gpt2"))
     tokenizer, encoding = AutoTokenizer.from_pretrained(tmp_path / "b"), tiktoken.get_encoding("gpt2")
     assert len(tokenizer) == 50257 and tokenizer.eos_token_id == encoding.eot_token == 50256
     draw = random.Random(0)
@@ -355,7 +367,6 @@ def inputs(tmp_path, tokenizer):
     write_ckpt(tmp_path / "small.pt", ours(vocab_size=65))
     BertConfig().save_pretrained(tmp_path / "bert")
     ours().save_pretrained(tmp_path / "untokenized")
-    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\xff")
     return tmp_path
 
 
@@ -374,8 +385,9 @@ def inputs(tmp_path, tokenizer):
         (["bert", "new"], "bert"),
         (["untokenized", "new"], "--tokenizer"),
         (["good", "new"], "--tokenizer"),
+        (["good", "new"], "python -m tokenization.prepare"),
         (["good", "new", "--tokenizer=empty"], "empty"),
-        (["good", "new", "--tokenizer=bytes.txt"], "UTF-8"),
+        (["good", "new", "--tokenizer=text.txt"], "python -m tokenization.prepare"),
         (["small.pt", "new", "--tokenizer=TOKENIZER"], "322 tokens"),
         (["good", "bert", "--tokenizer=TOKENIZER"], "bert"),
         (["good", "text.txt", "--tokenizer=TOKENIZER"], "text.txt"),

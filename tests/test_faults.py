@@ -21,11 +21,11 @@ from accelerate.tracking import GeneralTracker, get_available_trackers, register
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import train_accelerate
 from modeling_nanogpt import NanoGPTForCausalLM
-from modeling_nanogpt.checkpointing import TENSORS, list_checkpoints, newest_complete
-from modeling_nanogpt.fitting import explain_out_of_memory, largest_divisor
-from support.runs import FORKS, at_step, finish, log_windows, recipe_of, send_itself, start
+from modeling_nanogpt.training.checkpointing import TENSORS, list_checkpoints, newest_complete
+from modeling_nanogpt.training.fitting import explain_out_of_memory, largest_divisor
+from support.forks import fork
+from support.runs import RunHooks, at_step, finish, log_windows, recipe_of, send_itself, start
 from support.tiny_run import TINY, train
 from tokenization.windows import open_stream, training_windows
 
@@ -158,16 +158,14 @@ def test_a_disk_that_stays_read_only_keeps_the_last_good_state(disk, folder, unb
 
 @pytest.fixture
 def spoil(monkeypatch):
-    """Make what a training step computes NaN or inf, in the steps given."""
-    now = []
-    seed_dropout = train_accelerate.seed_dropout
-    monkeypatch.setattr(train_accelerate, "seed_dropout", lambda *args: (now.append(args[1]), seed_dropout(*args)))
+    """Make what a training step computes NaN or inf, in the steps given. Returns the hooks for the run."""
+    hooks = RunHooks()
     forward = NanoGPTForCausalLM.forward
 
     def spoiling(steps, how):
         def spoiled(self, *args, **kwargs):
             output = forward(self, *args, **kwargs)
-            if self.training and now and now[-1] in steps:
+            if self.training and hooks.step in steps:
                 if how == "loss":
                     output.loss = output.loss * float("nan")
                 else:  # the loss is right, and the gradient of the positions is not
@@ -178,6 +176,7 @@ def spoil(monkeypatch):
             handle = weight.register_hook(lambda gradient: (handle.remove(), gradient + float("inf"))[1])
 
         monkeypatch.setattr(NanoGPTForCausalLM, "forward", spoiled)
+        return hooks
 
     return spoiling
 
@@ -196,9 +195,9 @@ def tensors_of(checkpoint):
 @pytest.mark.parametrize("how", ["loss", "gradient"])
 @pytest.mark.parametrize("grad_clip", [0, 1.0])
 def test_a_step_that_is_not_finite_is_named_and_changes_nothing(folder, tmp_path, spoil, capsys, how, grad_clip):
-    spoil([5], how)
+    hooks = spoil([5], how)
     flags = FLAGS | {"save_interval": 1, "keep_checkpoints": 99, "grad_clip": grad_clip, "log_interval": 3}
-    run = train(folder, out_dir=tmp_path / "out", **flags)
+    run = train(folder, hooks, out_dir=tmp_path / "out", **flags)
     stream = open_stream(run.data_dir, "train")
     offsets = training_windows(stream, order="random", seed=1337, step=5, count=8, block_size=16).offsets
     where = f"(windows at tokens {', '.join(map(str, offsets))} of train)"
@@ -214,19 +213,19 @@ def test_a_step_that_is_not_finite_is_named_and_changes_nothing(folder, tmp_path
 
 
 def test_a_log_entry_may_hold_skipped_steps_alone(folder, tmp_path, spoil):
-    spoil([4, 5, 6], "loss")
-    run = train(folder, out_dir=tmp_path / "out", **FLAGS)
+    hooks = spoil([4, 5, 6], "loss")
+    run = train(folder, hooks, out_dir=tmp_path / "out", **FLAGS)
     assert len(run.losses) == run.history[-1]["step"] - 3 and (run.out_dir / "loss.png").exists()
     for line in (run.out_dir / "history.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
 
 
 def test_a_run_that_only_skips_stops_with_its_last_good_checkpoint(folder, tmp_path, spoil, unbroken):
-    spoil(range(4, 99), "loss")
+    hooks = spoil(range(4, 99), "loss")
     out_dir = tmp_path / "out"
     flags = FLAGS | {"max_nonfinite_steps": 3, "max_iters": 99, "lr_decay_iters": 12}
     with pytest.raises(SystemExit) as stop:
-        train(folder, out_dir=out_dir, **flags)
+        train(folder, hooks, out_dir=out_dir, **flags)
     (line,) = stop.value.code.splitlines()  # with which Python exits with status 1
     assert "stopped after 3 such steps in a row" in line
     assert line.endswith(f"the last good checkpoint: {out_dir / 'checkpoints' / 'step-00000006'}")
@@ -234,18 +233,18 @@ def test_a_run_that_only_skips_stops_with_its_last_good_checkpoint(folder, tmp_p
 
 
 def test_skipped_steps_count_only_in_a_row(folder, tmp_path, spoil):
-    spoil([2, 3, 5, 6, 8, 9], "loss")
-    run = train(folder, out_dir=tmp_path / "out", **FLAGS | {"max_nonfinite_steps": 3})
+    hooks = spoil([2, 3, 5, 6, 8, 9], "loss")
+    run = train(folder, hooks, out_dir=tmp_path / "out", **FLAGS | {"max_nonfinite_steps": 3})
     assert sum(entry.get("skipped", 0) for entry in run.history) == 6
 
 
 def test_steps_in_a_row_are_counted_across_a_resume(folder, tmp_path, spoil):
-    spoil(range(4, 99), "loss")
+    hooks = spoil(range(4, 99), "loss")
     out_dir = tmp_path / "out"
     flags = FLAGS | {"max_nonfinite_steps": 4}
-    train(folder, out_dir=out_dir, **flags | {"max_iters": 6})
+    train(folder, hooks, out_dir=out_dir, **flags | {"max_iters": 6})
     with pytest.raises(SystemExit, match="stopped after 4 such steps"):
-        train(folder, out_dir=out_dir, **flags | {"init_from": "resume"})
+        train(folder, hooks, out_dir=out_dir, **flags | {"init_from": "resume"})
     assert newest_complete(out_dir).name == "step-00000006"
 
 
@@ -303,8 +302,7 @@ def find_largest(path: str) -> None:
 
 @needs_proc
 def test_the_largest_divisor_that_fits_is_found(tmp_path, folder):
-    process = FORKS.Process(target=find_largest, args=(str(tmp_path / "found"),))
-    process.start()
+    process = fork(find_largest, str(tmp_path / "found"))
     assert finish(process) == [0]
     assert json.loads((tmp_path / "found").read_text()) == [6, [24, 12, 8, 6]]
 
@@ -329,13 +327,12 @@ def test_auto_batch_size_is_refused_on_a_cpu(folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_stops_after_the_step_and_saves(folder, tmp_path, unbroken, monkeypatch, number, status, capfd):
+def test_a_signal_stops_after_the_step_and_saves(folder, tmp_path, unbroken, number, status, capfd):
     handlers = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
-    with monkeypatch.context() as patch:
-        patch.setattr(train_accelerate, "seed_dropout", train_accelerate.seed_dropout)
-        at_step(4, send_itself, number)
-        with pytest.raises(SystemExit) as stop:
-            train(folder, out_dir=tmp_path / "out", **FLAGS)
+    hooks = RunHooks()
+    hooks.at_steps[4].append((send_itself, (number,)))
+    with pytest.raises(SystemExit) as stop:
+        train(folder, hooks, out_dir=tmp_path / "out", **FLAGS)
     assert stop.value.code == status
     assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == handlers
     shown = capfd.readouterr()
@@ -346,20 +343,11 @@ def test_a_signal_stops_after_the_step_and_saves(folder, tmp_path, unbroken, mon
     assert_same_weights(tmp_path / "out", unbroken)
 
 
-def test_a_signal_during_evaluation_stops_after_the_next_step(folder, tmp_path, unbroken, monkeypatch):
-    evaluate = train_accelerate.evaluate
-    calls = []
-
-    def interrupted(*args):
-        calls.append(args)
-        if len(calls) == 3:  # of val, at step 4
-            send_itself(signal.SIGTERM)
-        return evaluate(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train_accelerate, "evaluate", interrupted)
-        with pytest.raises(SystemExit) as stop:
-            train(folder, out_dir=tmp_path / "out", **FLAGS)
+def test_a_signal_during_evaluation_stops_after_the_next_step(folder, tmp_path, unbroken):
+    hooks = RunHooks()
+    hooks.at_evaluations[4].append((send_itself, (signal.SIGTERM,)))
+    with pytest.raises(SystemExit) as stop:
+        train(folder, hooks, out_dir=tmp_path / "out", **FLAGS)
     assert stop.value.code == 143
     assert newest_complete(tmp_path / "out").name == "step-00000005"
     again = train(folder, out_dir=tmp_path / "out", init_from="resume", **FLAGS)
@@ -367,10 +355,10 @@ def test_a_signal_during_evaluation_stops_after_the_next_step(folder, tmp_path, 
     assert again.val_losses == unbroken.val_losses
 
 
-def test_sigusr1_saves_and_goes_on(folder, tmp_path, unbroken, monkeypatch):
-    monkeypatch.setattr(train_accelerate, "seed_dropout", train_accelerate.seed_dropout)
-    at_step(4, send_itself, signal.SIGUSR1)
-    run = train(folder, out_dir=tmp_path / "out", **FLAGS | {"keep_checkpoints": 9})
+def test_sigusr1_saves_and_goes_on(folder, tmp_path, unbroken):
+    hooks = RunHooks()
+    hooks.at_steps[4].append((send_itself, (signal.SIGUSR1,)))
+    run = train(folder, hooks, out_dir=tmp_path / "out", **FLAGS | {"keep_checkpoints": 9})
     assert [path.name[-2:] for path in list_checkpoints(run.out_dir)] == ["02", "04", "05", "06", "08", "10", "12"]
     assert_same_weights(run.out_dir, unbroken)
 

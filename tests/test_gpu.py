@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_nanogpt import NanoGPTConfig, NanoGPTForCausalLM
-from modeling_nanogpt.optimization import adamw
+from modeling_nanogpt.optimization import make_optimizer
 from modeling_nanogpt.sample import continue_prompt
 from modeling_nanogpt.throughput import peak_flops
 from support.tiny_run import train
@@ -62,7 +62,9 @@ def test_an_overflow_skips_the_step_and_lowers_the_scale():
     GradientState._reset_state()
     accelerator = Accelerator(mixed_precision="fp16")
     model = small_model(block_size=64)
-    model, optimizer = accelerator.prepare(model, adamw(model, 1e-3, (0.9, 0.95), 0.1))
+    model, optimizer = accelerator.prepare(
+        model, make_optimizer("adamw", model, learning_rate=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    )
     ids = torch.randint(0, 128, (4, 64), device="cuda")
 
     def step(gradient: float | None) -> None:

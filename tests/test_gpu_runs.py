@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import train_accelerate
-from modeling_nanogpt.checkpointing import list_checkpoints, newest_complete, read_checkpoint
+from modeling_nanogpt import NanoGPTForCausalLM
+from modeling_nanogpt.training.checkpointing import list_checkpoints, newest_complete, read_checkpoint
 from support import ROOT
 from support.runs import recipe_of
 from support.tiny_run import train
@@ -72,7 +73,7 @@ def test_a_resumed_run_goes_on_with_the_same_scale_and_losses(folder, tmp_path, 
 
 
 def test_a_step_that_is_not_finite_changes_nothing(folder, tmp_path, monkeypatch, capsys):
-    forward = train_accelerate.NanoGPTForCausalLM.forward
+    forward = NanoGPTForCausalLM.forward
     calls = []
 
     def spoiled(self, *args, **kwargs):
@@ -83,7 +84,7 @@ def test_a_step_that_is_not_finite_changes_nothing(folder, tmp_path, monkeypatch
                 output.loss = output.loss * float("nan")
         return output
 
-    monkeypatch.setattr(train_accelerate.NanoGPTForCausalLM, "forward", spoiled)
+    monkeypatch.setattr(NanoGPTForCausalLM, "forward", spoiled)
     flags = LONG | {"max_iters": 8, "save_interval": 1, "keep_checkpoints": 9, "dtype": "bfloat16"}
     run = train(folder, out_dir=tmp_path / "out", **flags)
     assert "step 6: the loss is not finite" in capsys.readouterr().out
@@ -122,7 +123,7 @@ def test_out_of_memory_is_one_line(folder, tmp_path, two_gigabytes):
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     with pytest.raises(SystemExit) as stop:
-        train_accelerate.run([str(recipe)])
+        train_accelerate.run(train_accelerate.parse_arguments([str(recipe)]))
     (line,) = stop.value.code.strip().splitlines()
     assert "out of memory at batch_size=1024" in line
     assert "--batch_size=512 --gradient_accumulation_steps=16" in line

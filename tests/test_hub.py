@@ -25,7 +25,7 @@ TRACKER = "tensorboard" if is_tensorboard_available() else "none"
 # Several commands in one process, since importing takes longer than they do: each is [module, argument, ...], and
 # prints what it says between two lines.
 COMMANDS = """
-import importlib, json, sys
+import json, runpy, sys
 from accelerate.state import AcceleratorState, GradientState
 for module, *argv in json.load(open("commands.json")):
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -33,7 +33,7 @@ for module, *argv in json.load(open("commands.json")):
     print("=====", flush=True)
     sys.argv = [module, *argv]
     try:
-        importlib.import_module(module).main(*[argv] * (module == "train_accelerate"))
+        runpy.run_module(module, run_name="__main__")
     except SystemExit as end:
         print("exit:", end.code, flush=True)
 """

@@ -10,13 +10,11 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import GPT2LMHeadModel
 
 from modeling_nanogpt import NanoGPTConfig, NanoGPTForCausalLM, muon
 from modeling_nanogpt.conversion import config_to_gpt2, weights_from_gpt2, weights_to_gpt2
-from modeling_nanogpt.optimization import adamw
+from modeling_nanogpt.optimization import make_optimizer, muon_groups
 from support import ROOT
 from support.tiny_run import train
 
@@ -29,6 +27,10 @@ def tiny_model(**changes) -> NanoGPTForCausalLM:
     torch.manual_seed(0)
     shape = {"vocab_size": 64, "block_size": 16, "n_layer": 2, "n_head": 2, "n_embd": 32}
     return NanoGPTForCausalLM(NanoGPTConfig(**shape | changes))
+
+
+def make(name: str, model: NanoGPTForCausalLM, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
+    return make_optimizer(name, model, learning_rate=learning_rate, betas=BETAS, weight_decay=weight_decay)
 
 
 def random_gradients(*models, seed=1):
@@ -92,7 +94,7 @@ def test_queries_keys_and_values_are_orthogonalised_one_by_one(monkeypatch):
     random_gradients(model)
     weight = model.transformer.h[1].attn.c_attn.weight
     before = weight.detach().clone()
-    muon.muon(model, 1e-3, BETAS, weight_decay=0.0).step()
+    make("muon", model, 1e-3, weight_decay=0.0).step()
     for part, gradient in zip((before - weight.detach()).chunk(3), weight.grad.chunk(3), strict=True):
         expected = 1e-3 * muon.orthogonalize(gradient[None], muon.COEFFICIENTS)[0]
         torch.testing.assert_close(part, expected, atol=1e-6, rtol=1e-4)
@@ -100,7 +102,10 @@ def test_queries_keys_and_values_are_orthogonalised_one_by_one(monkeypatch):
 
 def test_all_but_the_blocks_matrices_take_adamws_steps():
     model, reference = tiny_model(bias=True), tiny_model(bias=True)
-    optimizer, plain = muon.muon(model, 1e-2, BETAS, 0.1), adamw(reference, 1e-2 * 100 / 32, BETAS, 0.1)
+    optimizer, plain = (
+        make("muon", model, 1e-2, weight_decay=0.1),
+        make("adamw", reference, 1e-2 * 100 / 32, weight_decay=0.1),
+    )
     for step in range(3):
         random_gradients(model, reference, seed=step)
         optimizer.step()
@@ -119,21 +124,21 @@ def test_all_but_the_blocks_matrices_take_adamws_steps():
 def test_each_parameter_is_in_one_group_once(tied):
     model = tiny_model(bias=True, tie_word_embeddings=tied)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = [[names[id(p)] for p in group["params"]] for group in muon.muon_groups(model, 0.1)]
+    groups = [[names[id(p)] for p in group["params"]] for group in muon_groups(model, 0.1)]
     assert sorted(sum(groups, [])) == sorted(names.values())
     fused, single, tables, vectors = groups
     assert fused == [f"transformer.h.{layer}.attn.c_attn.weight" for layer in (0, 1)]
     assert {name.split(".", 3)[3] for name in single} == {"attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight"}
     assert tables == ["transformer.wte.weight", "transformer.wpe.weight"] + ["lm_head.weight"] * (not tied)
     assert all(name.endswith("bias") or "ln_" in name for name in vectors)
-    assert [group["weight_decay"] for group in muon.muon_groups(model, 0.1)] == [0.1, 0.1, 0.1, 0.0]
+    assert [group["weight_decay"] for group in muon_groups(model, 0.1)] == [0.1, 0.1, 0.1, 0.0]
 
 
 def test_frozen_parameters_stay_where_they_are():
     model = tiny_model()
     frozen = model.transformer.h[0].mlp.c_fc.weight.requires_grad_(False)
     before = frozen.clone()
-    optimizer = muon.muon(model, 1e-2, BETAS, 0.1)
+    optimizer = make("muon", model, 1e-2, weight_decay=0.1)
     random_gradients(model)
     optimizer.step()
     assert torch.equal(frozen, before)
@@ -145,13 +150,13 @@ def test_frozen_parameters_stay_where_they_are():
 
 def test_it_resumes_bit_for_bit(tmp_path):
     model = tiny_model()
-    optimizer = muon.muon(model, 1e-2, BETAS, 0.1)
+    optimizer = make("muon", model, 1e-2, weight_decay=0.1)
     for step in range(3):
         random_gradients(model, seed=step)
         optimizer.step()
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "state.pt")
     again = tiny_model()
-    resumed = muon.muon(again, 0.5, BETAS, 0.3)
+    resumed = make("muon", again, 0.5, weight_decay=0.3)
     state = torch.load(tmp_path / "state.pt", weights_only=True)
     again.load_state_dict(state["model"])
     resumed.load_state_dict(state["optimizer"])
@@ -166,7 +171,7 @@ def test_it_resumes_bit_for_bit(tmp_path):
 @pytest.mark.parametrize("clipped", [True, False])
 def test_a_gradient_scaler_unscales_once_and_skips_an_overflow(clipped):
     model, reference = tiny_model(), tiny_model()
-    optimizer, plain = muon.muon(model, 1e-2, BETAS, 0.1), muon.muon(reference, 1e-2, BETAS, 0.1)
+    optimizer, plain = make("muon", model, 1e-2, weight_decay=0.1), make("muon", reference, 1e-2, weight_decay=0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     scaler.scale(torch.zeros(()))  # a scaler begins with the first loss
     for step, overflows in enumerate([False, True, False]):
@@ -188,7 +193,7 @@ def test_a_gradient_scaler_unscales_once_and_skips_an_overflow(clipped):
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
 def test_a_step_found_infinite_changes_nothing(broken):
     model = tiny_model()
-    optimizer = muon.muon(model, 1e-2, BETAS, 0.1)
+    optimizer = make("muon", model, 1e-2, weight_decay=0.1)
     random_gradients(model)
     optimizer.step()
     before = copy.deepcopy([model.state_dict(), optimizer.state_dict()["state"]])
@@ -202,7 +207,7 @@ def test_a_step_found_infinite_changes_nothing(broken):
 
 def test_a_step_found_finite_is_the_usual_one():
     model, reference = tiny_model(), tiny_model()
-    optimizer, plain = muon.muon(model, 1e-2, BETAS, 0.1), muon.muon(reference, 1e-2, BETAS, 0.1)
+    optimizer, plain = make("muon", model, 1e-2, weight_decay=0.1), make("muon", reference, 1e-2, weight_decay=0.1)
     optimizer.found_inf = torch.zeros(())
     for step in range(3):
         random_gradients(model, reference, seed=step)
@@ -212,29 +217,17 @@ def test_a_step_found_finite_is_the_usual_one():
         torch.testing.assert_close(one, other, atol=1e-7, rtol=1e-6)
 
 
-def test_weights_cut_up_among_processes_are_refused_by_name(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        weight = torch.nn.Parameter(distribute_tensor(torch.randn(4, 4), mesh, [Shard(0)]))
-        weight.grad = distribute_tensor(torch.randn(4, 4), mesh, [Shard(0)])
-        optimizer = muon.Muon([{"params": [weight], "weight_decay": 0.0, "parts": 1}], 1e-2, BETAS, 0.95)
-        with pytest.raises(ValueError, match="optimizer=muon .* FSDP .* optimizer=adamw"):
-            optimizer.step()
-    finally:
-        torch.distributed.destroy_process_group()
-
-
 TWO_PROCESSES = """
 import torch
 from accelerate import Accelerator
 from modeling_nanogpt import NanoGPTConfig, NanoGPTForCausalLM
-from modeling_nanogpt.muon import muon
+from modeling_nanogpt.optimization import make_optimizer
 
 accelerator = Accelerator(gradient_accumulation_steps=2)
 torch.manual_seed(0)
 model = NanoGPTForCausalLM(NanoGPTConfig(vocab_size=64, block_size=16, n_layer=2, n_head=2, n_embd=32))
-model, optimizer = accelerator.prepare(model, muon(model, 1e-2, (0.9, 0.95), 0.1))
+optimizer = make_optimizer("muon", model, learning_rate=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
+model, optimizer = accelerator.prepare(model, optimizer)
 torch.manual_seed(accelerator.process_index)
 for _ in range(8):
     with accelerator.accumulate(model):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from modeling_nanogpt import NanoGPTConfig, NanoGPTForCausalLM
-from modeling_nanogpt.optimization import adamw, decay_groups, learning_rate_at
+from modeling_nanogpt.optimization import Schedule, check_optimizer, decay_groups, make_optimizer
 
 SCHEDULE = {"learning_rate": 1e-3, "min_lr": 1e-4, "warmup_iters": 100, "lr_decay_iters": 2000}
 
@@ -23,13 +23,13 @@ SCHEDULE = {"learning_rate": 1e-3, "min_lr": 1e-4, "warmup_iters": 100, "lr_deca
     ],
 )
 def test_learning_rate_at_the_corners(step, expected):
-    assert learning_rate_at(step, **SCHEDULE) == pytest.approx(expected, rel=1e-12)
+    assert Schedule(**SCHEDULE)(step) == pytest.approx(expected, rel=1e-12)
 
 
 def test_learning_rate_is_the_cosine_between_the_corners():
     for step in range(100, 2001, 7):
         turn = math.pi * (step - 100) / 1900
-        assert learning_rate_at(step, **SCHEDULE) == pytest.approx(5.5e-4 + 4.5e-4 * math.cos(turn), rel=1e-9)
+        assert Schedule(**SCHEDULE)(step) == pytest.approx(5.5e-4 + 4.5e-4 * math.cos(turn), rel=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -42,8 +42,7 @@ def test_learning_rate_is_the_cosine_between_the_corners():
     ],
 )
 def test_each_schedule_after_the_same_warmup(schedule, expected):
-    def rate(step):
-        return learning_rate_at(step, **SCHEDULE, lr_schedule=schedule, decay_fraction=0.25)
+    rate = Schedule(**SCHEDULE, lr_schedule=schedule, decay_fraction=0.25)
 
     assert [rate(step) for step in range(100)] == [1e-3 * (step + 1) / 101 for step in range(100)]
     assert {step: rate(step) for step in expected} == pytest.approx(expected, rel=1e-12)
@@ -51,14 +50,13 @@ def test_each_schedule_after_the_same_warmup(schedule, expected):
 
 @pytest.mark.parametrize("decay_fraction", [0.0, 0.96, 0.99])
 def test_wsd_neither_divides_by_zero_nor_decays_in_the_warmup(decay_fraction):
-    def rate(step):
-        return learning_rate_at(step, **SCHEDULE, lr_schedule="wsd", decay_fraction=decay_fraction)
+    rate = Schedule(**SCHEDULE, lr_schedule="wsd", decay_fraction=decay_fraction)
 
     assert rate(99) == pytest.approx(1e-3 * 100 / 101) and rate(100) == 1e-3 and rate(2000) == 1e-4
 
 
 def test_a_warmup_beyond_the_end_is_a_warmup():
-    assert learning_rate_at(50, 1e-3, 1e-4, 100, 20, "linear") == pytest.approx(1e-3 * 51 / 101)
+    assert Schedule(1e-3, 1e-4, 100, 20, "linear")(50) == pytest.approx(1e-3 * 51 / 101)
 
 
 def tiny_model(**changes) -> NanoGPTForCausalLM:
@@ -68,7 +66,7 @@ def tiny_model(**changes) -> NanoGPTForCausalLM:
 
 def test_matrices_and_embeddings_decay_and_vectors_do_not():
     model = tiny_model(bias=True)
-    decaying, constant = decay_groups(model, weight_decay=0.1)
+    decaying, constant = decay_groups(model.parameters(), weight_decay=0.1)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert decaying["weight_decay"] == 0.1 and constant["weight_decay"] == 0.0
     vectors = {names[id(parameter)] for parameter in constant["params"]}
@@ -78,15 +76,18 @@ def test_matrices_and_embeddings_decay_and_vectors_do_not():
 
 def test_each_parameter_is_in_one_group_once_and_the_tied_one_too():
     model = tiny_model()
-    grouped = [id(parameter) for group in decay_groups(model, 0.1) for parameter in group["params"]]
+    grouped = [id(parameter) for group in decay_groups(model.parameters(), 0.1) for parameter in group["params"]]
     assert len(grouped) == len(set(grouped)) == len(list(model.parameters()))
-    assert sum(p.numel() for group in decay_groups(model, 0.1) for p in group["params"]) == model.num_parameters()
+    assert (
+        sum(p.numel() for group in decay_groups(model.parameters(), 0.1) for p in group["params"])
+        == model.num_parameters()
+    )
 
 
 def test_frozen_parameters_are_left_out():
     model = tiny_model()
     model.transformer.wpe.weight.requires_grad_(False)
-    grouped = [id(parameter) for group in decay_groups(model, 0.1) for parameter in group["params"]]
+    grouped = [id(parameter) for group in decay_groups(model.parameters(), 0.1) for parameter in group["params"]]
     assert id(model.transformer.wpe.weight) not in grouped
 
 
@@ -94,8 +95,10 @@ def test_fused_adamw_takes_the_step_of_the_plain_one():
     torch.manual_seed(0)
     model, reference = tiny_model(), tiny_model()
     reference.load_state_dict(model.state_dict())
-    fused = adamw(model, 1e-2, (0.9, 0.95), 0.1)
-    plain = torch.optim.AdamW(decay_groups(reference, 0.1), lr=1e-2, betas=(0.9, 0.95), fused=False, foreach=False)
+    fused = make_optimizer("adamw", model, learning_rate=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
+    plain = torch.optim.AdamW(
+        decay_groups(reference.parameters(), 0.1), lr=1e-2, betas=(0.9, 0.95), fused=False, foreach=False
+    )
     assert all(group["fused"] for group in fused.param_groups)
     ids = torch.randint(0, 64, (4, 16))
     for _ in range(3):
@@ -105,3 +108,10 @@ def test_fused_adamw_takes_the_step_of_the_plain_one():
             optimizer.zero_grad()
     for parameter, expected in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(parameter, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_muon_refuses_weights_that_are_sharded():
+    with pytest.raises(ValueError, match="optimizer=muon .* FSDP .* --optimizer=adamw"):
+        check_optimizer("muon", sharded=True)
+    check_optimizer("muon", sharded=False)
+    check_optimizer("adamw", sharded=True)

@@ -19,11 +19,11 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-import train_accelerate
-from modeling_nanogpt import checkpointing
-from modeling_nanogpt.checkpointing import list_checkpoints, newest_complete
+from modeling_nanogpt import NanoGPTForCausalLM
+from modeling_nanogpt.training import checkpointing
+from modeling_nanogpt.training.checkpointing import list_checkpoints, newest_complete
 from support import ROOT
-from support.runs import finish, free_port, launch, log_windows, read_windows, recipe_of, start, start_together
+from support.runs import HOOKS, finish, free_port, launch, log_windows, read_windows, recipe_of, start, start_together
 from tokenization.windows import open_stream, training_windows
 
 STEPS = 50
@@ -197,7 +197,7 @@ def test_a_signal_stops_all_processes_after_the_same_step(folder, two, tmp_path,
             "import os, sys, train_accelerate\n"
             "from support import runs\n"
             f"runs.log_windows('{tmp_path}/windows.' + os.environ['RANK'])\n"
-            "train_accelerate.run(sys.argv[1:])\n"
+            "train_accelerate.run(train_accelerate.parse_arguments(sys.argv[1:]), runs.HOOKS)\n"
         )
         arguments = ["--standalone", "--nproc_per_node=2", script, folder / "recipe.yaml", f"--out_dir={out_dir}"]
         environment = os.environ | {
@@ -327,22 +327,15 @@ def test_fsdp2_and_one_process_take_turns(folder, alone, tmp_path):
 
 def spoil(steps: tuple, rank: int) -> None:
     """Make the loss of a process NaN in these steps."""
-    seed_dropout, step_now = train_accelerate.seed_dropout, [None]
-
-    def noted(seed, step, process):
-        step_now[0] = step
-        seed_dropout(seed, step, process)
-
-    train_accelerate.seed_dropout = noted
-    forward = train_accelerate.NanoGPTForCausalLM.forward
+    forward = NanoGPTForCausalLM.forward
 
     def spoiled(self, *args, **kwargs):
         output = forward(self, *args, **kwargs)
-        if self.training and step_now[0] in steps and int(os.environ.get("RANK", 0)) == rank:
+        if self.training and HOOKS.step in steps and int(os.environ.get("RANK", 0)) == rank:
             output.loss = output.loss * float("nan")
         return output
 
-    train_accelerate.NanoGPTForCausalLM.forward = spoiled
+    NanoGPTForCausalLM.forward = spoiled
 
 
 @pytest.mark.parametrize("kind", ["DDP", "FSDP2"])

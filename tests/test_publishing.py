@@ -15,8 +15,8 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from modeling_nanogpt import NanoGPTConfig, NanoGPTForCausalLM
-from modeling_nanogpt.publishing import Report, draw_samples, find_commit, plot_losses, training_seconds
 from modeling_nanogpt.throughput import flops_per_token
+from modeling_nanogpt.training.report import Report, draw_samples, find_commit, plot_losses, training_seconds
 from support.tiny_run import TINY
 from train_accelerate import RECIPES
 

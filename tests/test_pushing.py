@@ -20,7 +20,7 @@ sys.modules["modeling_nanogpt"].__path__ = [{str(ROOT / "modeling_nanogpt")!r}]
 """
     + """
 from pathlib import Path
-from modeling_nanogpt.pushing import Pusher
+from modeling_nanogpt.training.hub import Pusher
 
 class Run:
     def __init__(self, name, **kwargs):

@@ -1,9 +1,9 @@
 """The README keeps its word: its Python runs as it stands, and its commands are taken by what they name."""
 
 import ast
-import importlib
 import importlib.util
 import re
+import runpy
 import shlex
 import shutil
 from pathlib import Path
@@ -112,12 +112,13 @@ def module_commands():
     return [(module, *arguments) for module, *arguments in commands_of("python", "-m") if module != "pytest"]
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")  # other tests import the module as well
 @pytest.mark.parametrize("command", module_commands(), ids=" ".join)
 def test_a_module_command_does_what_it_says(command, at_home, monkeypatch, capsys):
     module, *arguments = command
     shutil.rmtree(at_home / "out/quickstart-gpt2", ignore_errors=True)
     monkeypatch.setattr("sys.argv", [module, *arguments])
-    importlib.import_module(module).main()
+    runpy.run_module(module, run_name="__main__")
     assert capsys.readouterr().out
     for path in [word for word in arguments if word.startswith("out/")]:
         assert (at_home / path / "config.json").exists()

@@ -51,7 +51,7 @@ def number_of(words):
 def build_model(name):
     """The model of a recipe without its weights, the vocabulary being what the trainer makes it."""
     model_args, data_args, _ = parse_arguments([str(shipped(name))])
-    config = choose_config(model_args.init_from, model_args.shape())
+    config = choose_config(model_args.shape(), None)
     tokens = {"bpe": data_args.vocab_size, "gpt2": 50_257, "char": SHAKESPEARE_CHARACTERS + 256 + 1}[
         data_args.tokenizer
     ]

@@ -15,9 +15,9 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-import train_accelerate
 from modeling_nanogpt import NanoGPTConfig, NanoGPTForCausalLM
-from modeling_nanogpt.checkpointing import (
+from modeling_nanogpt.optimization import Schedule, make_optimizer
+from modeling_nanogpt.training.checkpointing import (
     TrainState,
     list_checkpoints,
     newest_complete,
@@ -25,12 +25,13 @@ from modeling_nanogpt.checkpointing import (
     restore,
     save_checkpoint,
 )
-from modeling_nanogpt.optimization import adamw, learning_rate_at
-from modeling_nanogpt.starting import check_same_run, check_unfinished, superseded_by
+from modeling_nanogpt.training.starting import SHAPING, check_out_dir, check_same_run, superseded_by
+from support.runs import RunHooks, read_windows
 from support.texts import write_words
 from support.tiny_run import TINY, train
 from tokenization.arguments import DataArguments
-from train_accelerate import SHAPING, ModelArguments, RunArguments
+from tokenization.windows import open_stream, training_windows
+from train_accelerate import ModelArguments, RunArguments
 
 # 14 steps; the log's entries and the checkpoints fall on different ones, and dropout is drawn in each.
 FLAGS = {"max_iters": 14, "lr_decay_iters": 14, "eval_interval": 7, "log_interval": 3, "save_interval": 4}
@@ -117,7 +118,7 @@ def test_a_resumed_run_and_a_resume_of_it_are_the_run_bit_for_bit(unbroken, fold
 def test_the_learning_rate_goes_on_where_it_was(finished, copied, folder):
     broken_off_after(8, copied)
     resumed = train(folder, out_dir=copied, init_from="resume", **FLAGS)
-    assert resumed.rates == [learning_rate_at(step - 1, 1e-2, 1e-3, 2, 14) for step in (3, 6, 9, 12)]
+    assert resumed.rates == [Schedule(1e-2, 1e-3, 2, 14)(step - 1) for step in (3, 6, 9, 12)]
 
 
 def test_a_finished_run_that_is_resumed_stays_as_it_is(finished, copied, folder):
@@ -208,21 +209,30 @@ def test_the_best_loss_survives_a_resume(folder, tmp_path):
     assert state.best_val_loss == min(whole.val_losses) == whole.val_losses[1]
 
 
-def test_step_a_million_is_reached_at_once(finished, copied, folder, monkeypatch):
+def test_step_a_million_is_reached_at_once(finished, copied, folder, tmp_path):
     latest = newest_complete(copied)
     content = json.loads((latest / "state.json").read_text())
     content["train_state"]["step"] = 10**6
     (latest / "state.json").write_text(json.dumps(content))
     latest.rename(latest.with_name("step-01000000"))
-    seen, windows_of = [], train_accelerate.training_windows
-    monkeypatch.setattr(
-        train_accelerate,
-        "training_windows",
-        lambda stream, *, step, **flags: (seen.append(step), windows_of(stream, step=step, **flags))[1],
-    )
+    hooks = RunHooks()
+    hooks.windows_log = os.open(tmp_path / "windows", os.O_WRONLY | os.O_CREAT)
     flags = FLAGS | {"max_iters": 10**6 + 2, "save_interval": 10**6}
-    train(folder, out_dir=copied, init_from="resume", **flags)
-    assert seen == [10**6, 10**6 + 1, 10**6 + 2]  # the last is fetched while the one before is trained on
+    run = train(folder, hooks, out_dir=copied, init_from="resume", **flags)
+    first, batches = read_windows(tmp_path / "windows")
+    assert first == 10**6
+    stream = open_stream(run.data_dir, "train")
+    size = {
+        "count": TINY["batch_size"] * TINY["gradient_accumulation_steps"],
+        "block_size": TINY["block_size"],
+        "order": "random",
+        "seed": 1337,
+    }
+    expected = []
+    for step in (10**6, 10**6 + 1):
+        expected += training_windows(stream, step=step, **size).offsets.tolist()
+    seen = [offset for batch in batches for offset in batch]
+    assert seen[: len(expected)] == expected
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -428,7 +438,9 @@ RUN = {"recipe": {"max_iters": 100}, "config": {}, "data": {}}
 
 def write_steps(out_dir, steps, keep=9, superseded=()):
     for step in steps:
-        save_checkpoint(out_dir, TrainState(step), {"model": {}, "optimizer": {}}, RUN, keep, list(superseded))
+        save_checkpoint(
+            out_dir, TrainState(step), {"model": {}, "optimizer": {}}, RUN, keep=keep, superseded=list(superseded)
+        )
     return [int(path.name[5:]) for path in list_checkpoints(out_dir)]
 
 
@@ -437,7 +449,7 @@ def test_a_train_state_comes_back_as_it_was(tmp_path):
     scaler = {"scale": 65536.0, "growth_factor": 2.0, "_growth_tracker": 7}
     for best in (math.inf, 1 / 3):
         state = TrainState(3, best, [entry], [1 / 7, None], 2, scaler)
-        save_checkpoint(tmp_path, state, {"model": {}, "optimizer": {}}, RUN, 2, [])
+        save_checkpoint(tmp_path, state, {"model": {}, "optimizer": {}}, RUN, keep=2, superseded=[])
         assert read_checkpoint(newest_complete(tmp_path)) == (state, RUN)
 
 
@@ -467,7 +479,7 @@ def test_the_step_after_99999999_is_the_newest(tmp_path):
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no such list of mapped files here")
 def test_a_run_does_not_hold_on_to_the_file_it_was_resumed_from(finished):
     model = NanoGPTForCausalLM.from_pretrained(finished.out_dir)
-    optimizer = adamw(model, 1e-3, (0.9, 0.95), 0.1)
+    optimizer = make_optimizer("adamw", model, learning_rate=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
     latest = newest_complete(finished.out_dir)
     restore(latest, read_checkpoint(latest)[0], model, optimizer, Accelerator(cpu=True))
     assert len(optimizer.state) == len(list(model.parameters()))
@@ -475,10 +487,11 @@ def test_a_run_does_not_hold_on_to_the_file_it_was_resumed_from(finished):
 
 
 def test_an_out_dir_without_checkpoints_holds_no_unfinished_run(tmp_path):
-    check_unfinished(tmp_path, None)
+    check_out_dir(tmp_path, None, overwrites=True)
     write_steps(tmp_path, [99])
     with pytest.raises(ValueError, match="step 99 of 100"):
-        check_unfinished(tmp_path, None)
-    check_unfinished(tmp_path, tmp_path / "checkpoints" / "step-00000099")
+        check_out_dir(tmp_path, None, overwrites=True)
+    check_out_dir(tmp_path, None, overwrites=False)
+    check_out_dir(tmp_path, tmp_path / "checkpoints" / "step-00000099", overwrites=True)
     write_steps(tmp_path, [100])
-    check_unfinished(tmp_path, None)
+    check_out_dir(tmp_path, None, overwrites=True)

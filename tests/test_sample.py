@@ -223,7 +223,7 @@ def say(monkeypatch, capsys):
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, arguments)])
-        sample.main()
+        sample.main(sample.parse_arguments())
         return capsys.readouterr().out
 
     yield call

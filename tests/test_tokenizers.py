@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import regex
+import tiktoken
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -237,7 +238,8 @@ except ModuleNotFoundError:
     pass
 else:
     raise SystemExit("the project is not blocked")
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 texts = json.loads(sys.stdin.read())
 loaded = {mode: AutoTokenizer.from_pretrained(mode) for mode in ("char", "bpe")}
@@ -316,6 +318,16 @@ def test_gpt2_is_an_ordinary_tokenizer_that_loses_nothing(tmp_path):
     assert encode(tokenizer, "Hello world") == [15496, 995]
     for text in [TEXT, *HARD_TEXTS, *random_texts(200, seed=6)]:
         assert tokenizer.decode(encode(tokenizer, text)) == text
+
+
+def test_without_a_network_gpt2_names_the_way_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
+    for name in ("http_proxy", "https_proxy", "HTTPS_PROXY", "HTTP_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nothing listens there
+    with pytest.raises(ValueError, match="tokenizer=gpt2: .*TIKTOKEN_CACHE_DIR") as raised:
+        make_gpt2_tokenizer()
+    assert "\n" not in str(raised.value)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

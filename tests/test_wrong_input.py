@@ -76,7 +76,7 @@ def refusal(inputs, tmp_path, monkeypatch, capsys):
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         with pytest.raises(SystemExit) as stop:  # anything else would be a traceback
-            train_accelerate.main([str(recipe)])
+            train_accelerate.main(*train_accelerate.parse_arguments([str(recipe)]))
         assert files_below(inputs) == before
         shown = capsys.readouterr()
         assert shown.out == ""

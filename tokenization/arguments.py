@@ -1,18 +1,46 @@
-"""The flags that say what to train on, and the parser that all flags of the project go through."""
+"""The flags that name the data, and the parser that all flags of the project go through.
 
+Nothing here imports torch or transformers, which takes seconds: `--help` and a mistyped flag are answered at once.
+"""
+
+import argparse
 import dataclasses
 import difflib
+import math
 import os
+import types
+import typing
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 import yaml
-from transformers import HfArgumentParser
+
+TRUE, FALSE = ("true", "t", "yes", "y", "1"), ("false", "f", "no", "n", "0")
 
 
-def knob(default, help: str):
-    """A dataclass field with its default and the line that --help shows for it."""
-    return dataclasses.field(default=default, metadata={"help": help})
+def knob(default: Any, help: str, *, at_least: float = 0, below: float = math.inf, heading: str = "") -> Any:
+    """A flag as a field of a dataclass: its default, what `--help` says, and the bounds of a number.
+
+    A number must be `at_least` so large, and less than `below`. A `heading` begins a new group of flags in `--help`.
+    """
+    metadata = {"help": help, "at_least": at_least, "below": below, "heading": heading}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def check_bounds(arguments) -> None:
+    """Raise ValueError if a number among a dataclass's knobs lies outside its bounds. NaN lies outside of any."""
+    for field in dataclasses.fields(arguments):
+        value = getattr(arguments, field.name)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        at_least, below = field.metadata["at_least"], field.metadata["below"]
+        if not value >= at_least:
+            raise ValueError(f"{field.name}={value}, but it must be at least {at_least}")
+        if value == math.inf:
+            raise ValueError(f"{field.name}={value}, but it must be finite")
+        if not value < below:
+            raise ValueError(f"{field.name}={value}, but it must be below {below}")
 
 
 @dataclasses.dataclass
@@ -60,55 +88,87 @@ class DataArguments:
             raise ValueError(f"num_proc={self.num_proc}, but it must be at least 1")
 
 
-class FlagParser(HfArgumentParser):
-    """Dataclasses as `--key=value` flags, in which every mistake is one line and exit status 2.
+class HelpLayout(argparse.RawDescriptionHelpFormatter):
+    """Help in two columns, the second of which begins further to the right: names of flags are long."""
 
-    Flags are never abbreviated; an unknown one is answered with the nearest known one. A ValueError that a dataclass
-    raises in its `__post_init__` is such a mistake as well.
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=36)
+
+
+class FlagParser(argparse.ArgumentParser):
+    """Dataclasses of knobs as `--key=value` flags. Every mistake is one line and exit status 2.
+
+    Flags are never abbreviated, and an unknown flag is answered with the nearest known one. A ValueError that a
+    dataclass raises in its `__post_init__` is such a mistake as well. In `--help`, the flags of a dataclass stand
+    under its name without "Arguments", until a knob has a heading.
     """
 
-    def __init__(self, dataclass_types, **kwargs):
-        super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
+    def __init__(self, dataclass_types: list[type], **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=HelpLayout, **kwargs)
+        self.dataclass_types = dataclass_types
+        for dataclass in dataclass_types:
+            group = self.add_argument_group(dataclass.__name__.removesuffix("Arguments").lower())
+            types_of = typing.get_type_hints(dataclass)
+            for field in dataclasses.fields(dataclass):
+                if field.metadata["heading"]:
+                    group = self.add_argument_group(field.metadata["heading"])
+                options = flag_options(field, types_of[field.name])
+                group.add_argument(f"--{field.name}", default=field.default, **options)
 
     def parse(self, argv: list[str]) -> tuple:
-        """One instance of each dataclass, filled from argv; exits on a mistake."""
-        try:
-            *parsed, unknown = self.parse_args_into_dataclasses(
-                argv, return_remaining_strings=True, look_for_args_file=False
-            )
-        except ValueError as mistake:
-            self.error(str(mistake))
+        """One instance of each dataclass, filled from argv. A mistake ends the process."""
+        values, unknown = self.parse_known_args(argv)
         if unknown:
             flag = unknown[0]
             if not flag.startswith("--"):
                 self.error(f"unexpected {flag!r}: flags are written --key=value")
             self.error(self.explain_unknown(flag[2:].split("=")[0]))
-        return tuple(parsed)
+        try:
+            return tuple(self._fill(dataclass, values) for dataclass in self.dataclass_types)
+        except ValueError as mistake:
+            self.error(str(mistake))
 
-    def read_recipe(self, path: Path, recipes: Path) -> list[str]:
-        """A YAML file as flags: each `key: value` becomes --key=value; a null keeps the default.
+    def _fill(self, dataclass: type, values: argparse.Namespace):
+        return dataclass(**{field.name: getattr(values, field.name) for field in dataclasses.fields(dataclass)})
 
-        Raises ValueError where it is none; where there is no such file, that names those in the folder `recipes`.
+    def read_recipe(self, argv: list[str], default: Path) -> tuple[Path, list[str]]:
+        """The recipe that a command line begins with, or the default one; and the flags of both, in this order.
+
+        A mistake in the recipe ends the process.
+        """
+        recipe, flags = default, argv
+        if argv and not argv[0].startswith("-"):
+            recipe, flags = Path(argv[0]), argv[1:]
+        try:
+            return recipe, self.flags_of_recipe(recipe, default.parent) + flags
+        except ValueError as mistake:
+            self.error(f"recipe {recipe}{mistake}")
+
+    def flags_of_recipe(self, path: Path, recipes: Path) -> list[str]:
+        """A YAML file as flags: each `key: value` becomes --key=value. A null keeps the default.
+
+        Raises ValueError if the file is not a recipe. If there is no such file, the message names the recipes in the
+        folder `recipes`.
         """
         try:
             root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
         except OSError:
-            known = ", ".join(sorted(str(recipe.stem) for recipe in recipes.glob("*.yaml")))
-            raise ValueError(f"recipe {path} cannot be read; {recipes.name}/ holds {known}") from None
+            known = ", ".join(sorted(recipe.stem for recipe in recipes.glob("*.yaml")))
+            raise ValueError(f" cannot be read; {recipes.name}/ holds {known}") from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"recipe {path} is not YAML: {error}") from None
+            raise ValueError(f" is not YAML: {error}") from None
         if not isinstance(root, yaml.MappingNode):
-            raise ValueError(f"recipe {path} is not a list of `key: value` lines")
-        flags = {}
+            raise ValueError(" is not a list of `key: value` lines")
+        flags: dict[str, yaml.ScalarNode] = {}
         for key, value in root.value:
             if not isinstance(key, yaml.ScalarNode):
-                raise ValueError(f"recipe {path}: line {key.start_mark.line + 1} is no `key: value`")
+                raise ValueError(f": line {key.start_mark.line + 1} is not a `key: value` line")
             if not isinstance(value, yaml.ScalarNode):
-                raise ValueError(f"recipe {path}: {key.value} must be a single value")
+                raise ValueError(f": {key.value} must be a single value")
             if key.value not in self.keys:
-                raise ValueError(f"recipe {path}: {self.explain_unknown(key.value)}")
+                raise ValueError(f": {self.explain_unknown(key.value)}")
             if key.value in flags:
-                raise ValueError(f"recipe {path}: {key.value} stands there twice")
+                raise ValueError(f": {key.value} stands there twice")
             flags[key.value] = value
         null = "tag:yaml.org,2002:null"  # null, ~ or nothing, unless in quotes
         return [f"--{key}={value.value}" for key, value in flags.items() if value.tag != null]
@@ -122,6 +182,43 @@ class FlagParser(HfArgumentParser):
         return [field.name for dataclass in self.dataclass_types for field in dataclasses.fields(dataclass)]
 
     def explain_unknown(self, key: str) -> str:
-        """What to say of a key that is not a flag's name."""
-        near = difflib.get_close_matches(key, self.keys, n=1, cutoff=0)
-        return f"unknown key {key!r}: did you mean {near[0]!r}? --help lists all of them"
+        """What to say about a key that is not the name of a flag."""
+        (nearest,) = difflib.get_close_matches(key, self.keys, n=1, cutoff=0)
+        return f"unknown key {key!r}: did you mean {nearest!r}? --help lists all of them"
+
+
+def flag_options(field: dataclasses.Field, kind: Any) -> dict:
+    """How argparse reads a knob of type `kind`, and what `--help` shows for it: its values and its real default."""
+    if isinstance(kind, types.UnionType):  # `float | None`: None means that the flag was not given
+        kind = typing.get_args(kind)[0]
+    default = str(field.default).lower() if isinstance(field.default, bool) else field.default
+    help = field.metadata["help"].replace("%", "%%")
+    if default not in (None, ""):
+        help += f" (default: {default})"
+    if typing.get_origin(kind) is Literal:
+        return {"help": help, "choices": typing.get_args(kind)}
+    if kind is bool:  # `--compile` alone is true
+        return {"help": help, "metavar": "true|false", "type": read_bool, "nargs": "?", "const": True}
+    read: dict[type, Callable] = {int: read_int, float: read_float, str: str}
+    names = {int: "N", float: "X", str: "TEXT"}
+    return {"help": help, "metavar": names[kind], "type": read[kind]}
+
+
+def read_bool(text: str) -> bool:
+    if text.lower() not in TRUE + FALSE:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() in TRUE
+
+
+def read_int(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+
+
+def read_float(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None

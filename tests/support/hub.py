@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import re
+import socket
 import subprocess
 import threading
 import time
@@ -129,7 +130,11 @@ class Hub:
         self.faults: list[Fault] = []
         self.lock = threading.RLock()
         self.server = self.thread = None
-        self.port = port
+        # Bound, and never asked to listen: while the Hub is stopped, its port is given to nobody else.
+        self.held = socket.socket()
+        self.held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.held.bind(("127.0.0.1", port))
+        self.port = self.held.getsockname()[1]
 
     # -----------------------------------------------------------------------------------------------------------------
     # For tests
@@ -140,12 +145,12 @@ class Hub:
 
     def __exit__(self, *_) -> None:
         self.stop()
+        self.held.close()
 
     def start(self) -> None:
         """Listen, again on the same port after a stop."""
         handler = type("HubHandler", (Handler,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", self.port), handler)
-        self.port = self.server.server_port
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True)
         self.thread.start()
 

@@ -1,7 +1,4 @@
-"""The prepare command in processes of their own.
-
-Command starts at once: it is forked from a process that has the libraries loaded.
-"""
+"""The prepare command in processes of their own."""
 
 import os
 import re
@@ -11,13 +8,11 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 
 from support import ROOT
-
-PRELOADED = ["tokenization.prepare", "tokenization.making"]
+from support.forks import fork
 
 
 class Command:
@@ -30,10 +25,7 @@ class Command:
     def __init__(self, folder: Path, *flags, small: float | None = None, most: int | None = None):
         folder.mkdir(exist_ok=True)
         self.said = folder / "stdout", folder / "stderr"
-        context = get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
-        self.process = context.Process(target=run, args=(list(map(str, flags)), small, most, *map(str, self.said)))
-        self.process.start()
+        self.process = fork(run, list(map(str, flags)), small, most, *map(str, self.said))
 
     def wait_for(self, condition, *arguments) -> None:
         """Until a condition holds, which it must before the process ends."""

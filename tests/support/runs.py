@@ -1,14 +1,11 @@
-"""Runs of the trainer in processes of their own, which can be killed and which meet each other over loopback.
+"""Runs of the trainer in processes of their own, which can be killed and which meet each other over loopback."""
 
-Their libraries are imported once, by a server that forks a process whenever one is asked for.
-"""
-
-import multiprocessing
 import os
 import signal
 import socket
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -18,13 +15,13 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 
 import train_accelerate
+from modeling_nanogpt.training.hooks import Hooks
 from support import ROOT
+from support.forks import fork
 from support.texts import write_words
 from support.tiny_run import TINY, write_recipe
 
-FORKS = multiprocessing.get_context("forkserver")
-# a save draws its losses with matplotlib
-FORKS.set_forkserver_preload(["support.runs", "matplotlib.figure", "matplotlib.backends.backend_agg"])
+HELD = []  # sockets, bound and never closed, of which nothing is asked but to hold their ports
 
 
 def recipe_of(folder: Path, **flags) -> Path:
@@ -37,15 +34,7 @@ def recipe_of(folder: Path, **flags) -> Path:
 
 def start(recipe: Path, log: Path, *flags: str, before: tuple = (), environment: dict | None = None) -> BaseProcess:
     """Start the trainer; what it says goes to `log`. `before` are (function, *arguments) to call in it first."""
-    path = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])  # for the server, which starts here
-    process = FORKS.Process(target=live, args=([str(recipe), *flags], str(log), before, environment or {}))
-    process.start()
-    if path is None:
-        del os.environ["PYTHONPATH"]
-    else:
-        os.environ["PYTHONPATH"] = path
-    return process
+    return fork(live, [str(recipe), *flags], str(log), before, environment or {})
 
 
 def start_together(
@@ -62,10 +51,12 @@ def start_together(
 
 
 def free_port() -> int:
-    """A port on which nobody listens."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    """A port on which nobody listens, and which the system gives to nobody else while this process lives."""
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a trainer that is told the port may listen there
+    held.bind(("127.0.0.1", 0))
+    HELD.append(held)
+    return held.getsockname()[1]
 
 
 def live(argv: list[str], log: str, before: tuple, environment: dict) -> None:
@@ -77,7 +68,7 @@ def live(argv: list[str], log: str, before: tuple, environment: dict) -> None:
     torch.set_num_threads(1)
     for function, *arguments in before:
         function(*arguments)
-    train_accelerate.run(argv)
+    train_accelerate.run(train_accelerate.parse_arguments(argv), HOOKS)
 
 
 def finish(*processes: BaseProcess, seconds: float = 300) -> list[int]:
@@ -115,16 +106,36 @@ class LoggedStream:
         return self.stream.windows(offsets, lengths, block_size)
 
 
+class RunHooks(Hooks):
+    """Hooks that call functions at given steps, and note in a file the windows that are trained on."""
+
+    def __init__(self):
+        self.step = None  # the step that the run is in
+        self.at_steps, self.at_evaluations = defaultdict(list), defaultdict(list)
+        self.windows_log = None  # a file descriptor
+
+    def before_step(self, step):
+        self.step = step
+        for function, arguments in self.at_steps[step]:
+            function(*arguments)
+
+    def before_evaluation(self, step):
+        for function, arguments in self.at_evaluations[step]:
+            function(*arguments)
+
+    def training_stream(self, stream, first_step):
+        if self.windows_log is None:
+            return stream
+        os.write(self.windows_log, f"{first_step}\n".encode())
+        return LoggedStream(stream, self.windows_log)
+
+
+HOOKS = RunHooks()  # of the run in this process
+
+
 def log_windows(path: str) -> None:
     """Note in a file the step that training begins with, and then the windows that are trained on."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    batches_of = train_accelerate.training_batches
-
-    def logged(stream, draw, step, *size):
-        os.write(descriptor, f"{step}\n".encode())
-        return batches_of(LoggedStream(stream, descriptor), draw, step, *size)
-
-    train_accelerate.training_batches = logged
+    HOOKS.windows_log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
 
 def read_windows(path: Path) -> tuple[int, list[list[int]]]:
@@ -149,14 +160,7 @@ def die_at_file_operation(count: int, folder: str) -> None:
 
 def at_step(step: int, function: Callable, *arguments) -> None:
     """Call a function when training comes to a step, before its windows are looked at."""
-    seed_dropout = train_accelerate.seed_dropout
-
-    def first(seed, now, process):
-        if now == step:
-            function(*arguments)
-        seed_dropout(seed, now, process)
-
-    train_accelerate.seed_dropout = first
+    HOOKS.at_steps[step].append((function, arguments))
 
 
 def send_itself(number: int) -> None:

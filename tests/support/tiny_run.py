@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from accelerate.state import AcceleratorState, GradientState
 
 import train_accelerate
+from modeling_nanogpt.training.hooks import NO_HOOKS, Hooks
 from support.texts import write_words
 
 TINY = {
@@ -30,7 +31,7 @@ def write_recipe(path: Path, **flags) -> Path:
     return path
 
 
-def train(folder: Path, **flags) -> SimpleNamespace:
+def train(folder: Path, hooks: Hooks = NO_HOOKS, **flags) -> SimpleNamespace:
     """Run the trainer in this process on the tiny recipe, and read back what it wrote."""
     corpus = folder / "corpus.txt"
     if not corpus.exists():
@@ -38,7 +39,8 @@ def train(folder: Path, **flags) -> SimpleNamespace:
     flags = {"corpus": corpus, "data_dir": folder / "data", "out_dir": folder / "out"} | TINY | flags
     AcceleratorState._reset_state(reset_partial_state=True)  # one process, several runs
     GradientState._reset_state()
-    train_accelerate.main([str(write_recipe(folder / "recipe.yaml", **flags))])
+    recipe = write_recipe(folder / "recipe.yaml", **flags)
+    train_accelerate.main(*train_accelerate.parse_arguments([str(recipe)]), hooks=hooks)
     out_dir = Path(flags["out_dir"])
     log = out_dir / "history.jsonl"
     history = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from transformers.utils.logging import disable_progress_bar
 
 from modeling_nanogpt import NanoGPTForCausalLM
-from modeling_nanogpt.checkpointing import list_checkpoints
+from modeling_nanogpt.training.checkpointing import list_checkpoints
 from support.runs import (
     die_at_file_operation,
     finish,

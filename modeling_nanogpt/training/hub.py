@@ -1,4 +1,4 @@
-"""A run's folder on the Hub: checked before training, pushed in the background meanwhile, fetched to go on from it."""
+"""A run on the Hub: the repository is checked before training, pushed to in the background, and fetched to resume."""
 
 import os
 import re
@@ -10,24 +10,28 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
 
+from accelerate import Accelerator
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token, logging, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.utils import WeakFileLock, disable_progress_bars, validate_repo_id
 from tqdm import tqdm
 
-from .notes import notes_of, with_notes
+from ..sources import first_line
+from .atomic import folder_written_aside
+from .checkpointing import CHECKPOINTS, in_order, list_checkpoints
+from .report import notes_of, with_notes
 
-CHECKPOINTS = "checkpoints"  # in out_dir: a folder for each step, with what only a resume needs
-LAST = "last-checkpoint"  # in the repository: holds the newest of these folders
-REFUSALS = (400, 401, 402, 403, 404)  # HTTP statuses that no waiting mends
+LAST = "last-checkpoint"  # in the repository: holds the newest checkpoint of the run
+REFUSALS = (400, 401, 402, 403, 404)  # HTTP statuses that waiting does not mend
 
 
 class Pusher:
-    """Pushes out_dir as it is at a save: one upload at a time, in the background; of those that wait, the newest.
+    """Pushes out_dir as it is at a save. One upload runs at a time, in the background; only the newest save waits.
 
-    An upload is one commit, of a copy that the next save cannot change. Where it fails, one line says so, training
-    goes on, and the next save brings all. `strategy` is `end` (push once, in `finish`), `every_save`, or `checkpoint`:
-    every save, and beside it what a resume needs. Raises ValueError where the Hub refuses the name or the token.
+    An upload is one commit of a copy, which the next save cannot change. If an upload fails, one line says so,
+    training goes on, and the next save brings everything. `strategy` is `end` (push once, in `finish`), `every_save`,
+    or `checkpoint` (every save, with the checkpoint beside the model). Raises ValueError if the Hub refuses the name
+    or the token.
     """
 
     def __init__(self, model_id: str, out_dir: Path, private: bool, strategy: str):
@@ -41,25 +45,26 @@ class Pusher:
             self.check_access()
         except ValueError:
             raise
-        except Exception as error:  # of the client or of the connection: the Hub may be back at the next save
+        except Exception as error:  # from the client or the connection: the Hub may be back at the next save
             self.warn(f"the Hub cannot be reached ({explain(error)}); training starts all the same")
-        shutil.rmtree(out_dir / ".pushing", ignore_errors=True)  # of a run that was killed
-        disable_progress_bars()  # the bar on the screen is the loop's
-        logging.set_verbosity_error()  # nor is a line due each time that the client tries again
+        shutil.rmtree(out_dir / ".pushing", ignore_errors=True)  # a killed run may have left it
+        disable_progress_bars()  # the bar on the screen belongs to the loop
+        logging.set_verbosity_error()  # the client would print a line each time that it tries again
 
     def check_access(self) -> None:
-        """See that the repository may be written to; make it if it is new. Raises ValueError where the Hub refuses."""
+        """Check that the repository may be written to, and make it if it is new. Raises ValueError if not."""
         flag = f"hub_model_id={self.model_id}"
         try:
             validate_repo_id(self.model_id)
         except HFValidationError as error:
-            raise ValueError(f"{flag} is no name for a repository: {explain(error)}") from None
+            raise ValueError(f"{flag} cannot be the name of a repository: {explain(error)}") from None
         token = get_token()
         if token is None:
             raise ValueError("push_to_hub=true needs a token: run `hf auth login`, or set HF_TOKEN")
         if not re.fullmatch(r"[!-~]+", token):
             raise ValueError(
-                "push_to_hub=true: the token (HF_TOKEN, or of `hf auth login`) has characters that none has"
+                "push_to_hub=true: the token has characters that no token has: set HF_TOKEN again, or run "
+                "`hf auth login`"
             )
         api = HfApi()
         try:
@@ -75,19 +80,19 @@ class Pusher:
                 raise ValueError(f"{flag}: the Hub refuses the token, or to write there ({explain(error)})") from None
             raise
         if self.private and public:
-            raise ValueError(f"{flag} is public on the Hub: agree by --hub_private_repo=false, or give another name")
+            raise ValueError(f"{flag} is public on the Hub: agree by --hub_private_repo=false, or use another name")
         self.model_id, self.checked = name, True
 
     def saved(self, message: str) -> None:
-        """Push what out_dir holds now, or in the end. `message` is the commit's, another one for each save."""
+        """Push what out_dir holds now, or in the end. `message` is the commit message, a new one for each save."""
         self.unpushed = message
         if self.strategy != "end":
             self.start()
 
     def finish(self, message: str | None = None) -> None:
-        """Wait until the Hub has the newest save; where it will not have it, print the command that brings it.
+        """Wait until the Hub has the newest save. If the Hub does not take it, print the command that brings it there.
 
-        With a `message`, out_dir has changed since the last save, as a run that was stopped has left a checkpoint.
+        Give a `message` if out_dir has changed since the last save: a run that was stopped has left a checkpoint.
         """
         if message:
             self.saved(message)
@@ -98,54 +103,56 @@ class Pusher:
         self.worker.shutdown()
         shutil.rmtree(self.out_dir / ".pushing", ignore_errors=True)
         if self.unpushed:
-            command = ["hf", "upload", self.model_id, str(self.out_dir), "."] + ["--private"] * self.private
-            command += [f"--exclude={pattern}" for pattern in (f"{CHECKPOINTS}/*", ".*")]
-            tqdm.write(f"{self.out_dir} is whole, but not on the Hub; this brings it there:\n{shlex.join(command)}")
+            command = ["hf", "upload", self.model_id, str(self.out_dir), "."]
+            command += [f"--exclude={CHECKPOINTS}/*", "--exclude=.*"]
+            if self.private:
+                command.append("--private")
+            tqdm.write(f"{self.out_dir} is complete, but not on the Hub; this brings it there:\n{shlex.join(command)}")
         elif self.next:
             tqdm.write(f"{self.out_dir} is on the Hub: {HfApi().endpoint}/{self.model_id}")
 
     def start(self) -> None:
-        """Have a copy of out_dir pushed as soon as the upload on its way is through."""
-        if self.next and self.next.cancel():  # an older save, which still waited
+        """Have a copy of out_dir pushed as soon as the running upload has ended."""
+        if self.next and self.next.cancel():  # an older save still waited
             shutil.rmtree(self.out_dir / ".pushing" / str(self.copies), ignore_errors=True)
         self.copies += 1
         copy = self.out_dir / ".pushing" / str(self.copies)
         try:
             self.write_copy(copy)
             self.next = self.worker.submit(self.push, copy, self.unpushed)
-        except OSError as error:  # no room for the copy
+        except OSError as error:  # the disk has no room for the copy
             shutil.rmtree(copy, ignore_errors=True)
             self.warn(f"{self.unpushed} is not on the Hub yet ({explain(error)})")
 
     def write_copy(self, copy: Path) -> None:
-        """Make a folder as the repository will be; of files that saving replaces and never changes, links."""
+        """Make a folder as the repository will be. Large files become links, because saving never changes a file."""
         for name, source in self.files():
             target = copy / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            with suppress(OSError):  # some file systems know no links
+            with suppress(OSError):  # some file systems have no links
                 if source.suffix in (".safetensors", ".pt"):
                     os.link(source, target)
             if not target.exists():
                 shutil.copyfile(source, target)
 
     def files(self) -> Iterator[tuple[Path, Path]]:
-        """Names in the repository and the files of out_dir that go there; hidden ones stay."""
+        """Names in the repository, and the files of out_dir that go there. Hidden files do not go there."""
         for path in sorted(self.out_dir.rglob("*")):
             name = path.relative_to(self.out_dir)
             if path.is_file() and name.parts[0] != CHECKPOINTS and not any(part[0] == "." for part in name.parts):
                 yield name, path
-        checkpoints = sorted(self.out_dir.glob(f"{CHECKPOINTS}/step-*"))
+        checkpoints = list_checkpoints(self.out_dir)
         if self.strategy == "checkpoint" and checkpoints:
             newest = checkpoints[-1]
             yield from ((Path(LAST, newest.name, path.name), path) for path in sorted(newest.iterdir()))
 
     def push(self, copy: Path, message: str) -> None:
-        """Make the repository hold the copy, by one commit."""
+        """Make the repository hold the copy, in one commit."""
         api = HfApi()
         try:
             if not self.checked:
                 self.check_access()
-            # the client asks this once, and other things again and again: where the Hub is gone, it shows at once
+            # the client asks for this only once, and retries everything else: so a missing Hub shows at once
             info = api.model_info(self.model_id)
             there = {sibling.rfilename for sibling in info.siblings}
             card = copy / "README.md"
@@ -159,9 +166,9 @@ class Pusher:
             api.create_commit(self.model_id, changes, commit_message=message)
             if self.unpushed == message:
                 self.unpushed = None
-        except Exception as error:  # of the client, the connection or the disk: none is a reason to stop training
+        except Exception as error:  # from the client, the connection or the disk: never a reason to stop training
             if isinstance(error, RepositoryNotFoundError):
-                self.checked = False  # removed meanwhile: the next push makes it anew
+                self.checked = False  # somebody removed it: the next push makes it again
             self.warn(f"{message} is not on the Hub yet ({explain(error)})")
         finally:
             shutil.rmtree(copy, ignore_errors=True)
@@ -170,50 +177,49 @@ class Pusher:
         tqdm.write(f"warning: {what}", file=sys.stderr)
 
 
-def start_pusher(is_main: bool, out_dir: Path, model_id: str | None, private: bool, strategy: str) -> Pusher | None:
-    """The Pusher of the main process, None of the others; all raise ValueError what the Hub refuses it.
+def start_pusher(flags, out_dir: Path, accelerator: Accelerator) -> Pusher | None:
+    """The Pusher of the main process, if the flags ask for one. The repository is hub_model_id, or out_dir's name."""
+    if not (flags.push_to_hub and accelerator.is_main_process):
+        return None
+    model_id = flags.hub_model_id or out_dir.absolute().name
+    return Pusher(model_id, out_dir, private=flags.hub_private_repo, strategy=flags.hub_strategy)
 
-    Without a model_id, out_dir's name is that of the repository.
+
+def fetch_run(model_id: str, out_dir: Path) -> None:
+    """Bring a run that was pushed with strategy `checkpoint` into an out_dir that has no checkpoints yet.
+
+    Files of out_dir stay as they are. Raises ValueError if there is no such run, or if it cannot be fetched.
     """
-    from .launching import main_first  # which imports torch, and pushing needs none
-
-    name = model_id or out_dir.absolute().name
-    return main_first(lambda: Pusher(name, out_dir, private, strategy) if is_main else None)
-
-
-def fetch_run(init_from: str, model_id: str | None, out_dir: Path) -> None:
-    """Where init_from is `resume`, bring a run pushed with strategy `checkpoint` into an out_dir without checkpoints.
-
-    Files of out_dir stay as they are. Raises ValueError where there is no such run, or it cannot be fetched.
-    """
-    if init_from != "resume" or not model_id or any(out_dir.glob(f"{CHECKPOINTS}/step-*")):
+    if list_checkpoints(out_dir):
         return
     flag = f"init_from=resume, hub_model_id={model_id}"
     try:
         name = model_id if "/" in model_id else f"{HfApi().whoami()['name']}/{model_id}"
         fetched = Path(snapshot_download(name))
-    except Exception as error:  # of the client or the connection
-        raise ValueError(f"{flag}: it cannot be fetched ({explain(error)})") from None
-    checkpoints = sorted(fetched.glob(f"{LAST}/step-*"))
+    except Exception as error:  # from the client or the connection
+        raise ValueError(f"{flag}: the run cannot be fetched ({explain(error)})") from None
+    checkpoints = in_order(fetched.glob(f"{LAST}/step-*"))
     if not checkpoints:
-        raise ValueError(f"{flag} holds no {LAST}/: it was not pushed with --hub_strategy=checkpoint")
+        raise ValueError(f"{flag} holds no {LAST}/: only a run with --hub_strategy=checkpoint pushes it")
     out_dir.mkdir(parents=True, exist_ok=True)
-    with WeakFileLock(out_dir / ".fetching"):  # every process of a run comes here, and the first does it
+    with WeakFileLock(out_dir / ".fetching"):  # every process of a run comes here, and the first one does the work
         for path in sorted(fetched.rglob("*")):
-            name, target = path.relative_to(fetched), out_dir / path.relative_to(fetched)
-            if path.is_file() and name.parts[0] != LAST and name.parts[0][0] != "." and not target.exists():
+            relative = path.relative_to(fetched)
+            target = out_dir / relative
+            wanted = relative.parts[0] != LAST and not relative.parts[0].startswith(".")
+            if path.is_file() and wanted and not target.exists():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, target)
         newest = out_dir / CHECKPOINTS / checkpoints[-1].name
         if not newest.exists():
-            aside = newest.with_name(f".{newest.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            shutil.copytree(checkpoints[-1], aside)  # the files that the cache but links to
-            aside.rename(newest)
+            with folder_written_aside(newest) as staging:
+                # copyfile follows links: the files in the cache are links
+                for path in checkpoints[-1].iterdir():
+                    shutil.copyfile(path, staging / path.name)
 
 
 def keep_notes(card: Path, theirs: Path) -> None:
-    """Put the notes of the card on the Hub into ours, if it has none of its own."""
+    """Put the notes of the card on the Hub into our card, if our card has no notes."""
     text = card.read_text(encoding="utf-8")
     if not notes_of(text).strip():
         card.write_text(with_notes(text, notes_of(theirs.read_text(encoding="utf-8"))), encoding="utf-8")
@@ -221,7 +227,7 @@ def keep_notes(card: Path, theirs: Path) -> None:
 
 def explain(error: Exception) -> str:
     """What went wrong, in one line that never holds the token."""
-    line = (getattr(error, "server_message", None) or str(error)).strip().split("\n")[0] or type(error).__name__
+    line = first_line(getattr(error, "server_message", None) or error) or type(error).__name__
     if isinstance(error, HfHubHTTPError):
         line = f"{error.response.status_code}: {line}"
     elif error.__cause__ and explain(error.__cause__) not in line:

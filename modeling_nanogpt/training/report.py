@@ -1,4 +1,4 @@
-"""What a person sees of a run beside its weights: the model card, samples, the loss plot and the losses themselves."""
+"""What a person sees of a run beside its weights: the model card, samples, the plot of the losses, and the log."""
 
 import json
 import math
@@ -14,10 +14,9 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 from transformers import PreTrainedTokenizerBase
 
-from .configuration_nanogpt import NanoGPTConfig
-from .modeling_nanogpt import CACHE
-from .notes import notes_of, with_notes
-from .throughput import flops_per_token
+from ..modeling_nanogpt import CACHE
+from ..throughput import flops_per_token
+from .describing import RunFacts
 
 METRICS = {
     "loss": "validation loss (nats a token)",
@@ -28,75 +27,72 @@ METRICS = {
 
 @dataclass(frozen=True)
 class Report:
-    """The card, the plot and the log of a run: made once, of what does not change, and written at each save."""
+    """The card, the plot and the log of a run, written at each save."""
 
+    facts: RunFacts
     template: str  # the card, with $names to fill
     name: str  # the folder or Hub id that the card's code loads
-    config: NanoGPTConfig
-    parameters: int
-    record: dict  # the data_dir's: what the text was
-    recipe: dict  # every flag of the run
-    step_tokens: int  # tokens in an optimizer step
-    hardware: str  # processes, devices and arithmetic
     commit: str | None  # of this project's checkout
 
     def write(self, folder: Path, history: list[dict], step: int, samples: list[str], earlier: Path) -> None:
         """Write README.md, loss.png, history.jsonl and run.yaml into the folder of a model that was just saved.
 
-        `history` is the log up to optimizer step `step`; its last entry holds the validation loss in nats a token.
-        The notes of the `earlier` card, where there is one, are kept.
+        `history` is the log up to optimizer step `step`. Its last entry holds the validation loss in nats a token.
+        If there is an `earlier` card, its notes are kept.
         """
         card = self.card(history, step, samples)
         if earlier.is_file():
             card = with_notes(card, notes_of(earlier.read_text(encoding="utf-8")))
         (folder / "README.md").write_text(card, encoding="utf-8")
-        (folder / "history.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in history))
-        (folder / "run.yaml").write_text(yaml.safe_dump(self.recipe, sort_keys=False, allow_unicode=True))
-        plot_losses(folder / "loss.png", history, self.step_tokens)
+        lines = "".join(json.dumps(entry) + "\n" for entry in history)
+        (folder / "history.jsonl").write_text(lines, encoding="utf-8")
+        flags = yaml.safe_dump(self.facts.recipe, sort_keys=False, allow_unicode=True)
+        (folder / "run.yaml").write_text(flags, encoding="utf-8")
+        plot_losses(folder / "loss.png", history, self.facts.step_tokens)
 
     def card(self, history: list[dict], step: int, samples: list[str]) -> str:
         """The model card: YAML that the Hub reads, then Markdown."""
-        record, tokens_seen = self.record, step * self.step_tokens
-        values = measure(float(history[-1]["val_loss"]), record)
-        start, revision = self.recipe.get("init_from", "scratch"), record.get("revision")
+        data, tokens_seen = self.facts.data, step * self.facts.step_tokens
+        values = measure(float(history[-1]["val_loss"]), data)
+        start, revision = self.facts.recipe.get("init_from", "scratch"), data.get("revision")
         facts = {
-            **{key: getattr(self.config, key) for key in ("n_layer", "n_head", "n_embd", "block_size")},
-            **{key: record[key] for key in ("corpus", "sha256", "tokenizer")},
+            **{key: getattr(self.facts.config, key) for key in ("n_layer", "n_head", "n_embd", "block_size")},
+            **{key: data[key] for key in ("corpus", "sha256", "tokenizer")},
             "metadata": self.metadata(values).to_yaml().strip(),
             "name": self.name,
-            "parameters": f"{self.parameters:,}",
+            "parameters": f"{self.facts.parameters:,}",
             "start": "from scratch" if start == "scratch" else f"from `{start}`",
-            "text": f"`{record['corpus']}`" + (f" at revision `{revision}`" if revision else ""),
+            "text": f"`{data['corpus']}`" + (f" at revision `{revision}`" if revision else ""),
             "loss": f"{values['loss']:.4f}",
             "perplexity": f"{values['perplexity']:.2f}",
             "bits_per_byte": f"{values['bits_per_byte']:.4f}",
             "samples": "\n\n".join(fence(sample) for sample in samples) or "None were drawn.",
-            "sample_length": min(100, self.config.block_size),
-            "vocab_size": f"{record['vocab_size']:,}",
-            "train_tokens": f"{record['tokens']['train']:,}",
-            "val_tokens": f"{record['tokens']['val']:,}",
+            "sample_length": min(100, self.facts.config.block_size),
+            "vocab_size": f"{data['vocab_size']:,}",
+            "train_tokens": f"{data['tokens']['train']:,}",
+            "val_tokens": f"{data['tokens']['val']:,}",
             "step": f"{step:,}",
             "tokens_seen": f"{tokens_seen:,}",
-            "epochs": f"{tokens_seen / record['tokens']['train']:.2f}",
-            "flops": f"{tokens_seen * flops_per_token(self.config):.2e}",
-            "time": show_seconds(training_seconds(history, self.step_tokens)),
-            "hardware": self.hardware,
+            "epochs": f"{tokens_seen / data['tokens']['train']:.2f}",
+            "flops": f"{tokens_seen * flops_per_token(self.facts.config):.2e}",
+            "time": show_seconds(training_seconds(history, self.facts.step_tokens)),
+            "hardware": self.facts.hardware,
             "versions": ", ".join(
                 f"{package} {version(package)}" for package in ("torch", "transformers", "accelerate", "datasets")
             ),
-            "commit": f"`{self.commit}`" if self.commit else "unknown, as it ran outside of a checkout",
-            "recipe": fence(yaml.safe_dump(self.recipe, sort_keys=False, allow_unicode=True), "yaml"),
-            "overrides": " --push_to_hub=false" if self.recipe.get("push_to_hub") else "",
+            "commit": f"`{self.commit}`" if self.commit else "unknown, because it ran outside of a checkout",
+            "recipe": fence(yaml.safe_dump(self.facts.recipe, sort_keys=False, allow_unicode=True), "yaml"),
+            "overrides": " --push_to_hub=false" if self.facts.recipe.get("push_to_hub") else "",
         }
         return Template(self.template).substitute(facts)
 
     def metadata(self, values: dict[str, float]) -> ModelCardData:
-        """The part of the card that the Hub reads; a value that is no number is left out."""
+        """The part of the card that the Hub reads. A value that is not finite is left out."""
         results = [
             EvalResult(
                 task_type="text-generation",
                 dataset_type="text",
-                dataset_name=f"{Path(self.record['corpus']).name}, held-out part",
+                dataset_name=f"{Path(self.facts.data['corpus']).name}, held-out part",
                 metric_type=metric,
                 metric_name=label,
                 metric_value=round(values[metric], 4),
@@ -104,10 +100,12 @@ class Report:
             for metric, label in METRICS.items()
             if math.isfinite(values[metric])
         ]
-        base = self.recipe.get("init_from", "scratch")
+        base = self.facts.recipe.get("init_from", "scratch")
+        base_is_on_the_hub = base != "scratch" and not Path(base).exists()
+        corpus_is_on_the_hub = bool(self.facts.data.get("revision"))
         return ModelCardData(
-            base_model=None if base == "scratch" or Path(base).exists() else base,  # else it is a Hub id, as this is:
-            datasets=[self.record["corpus"]] if self.record.get("revision") else None,
+            base_model=base if base_is_on_the_hub else None,
+            datasets=[self.facts.data["corpus"]] if corpus_is_on_the_hub else None,
             library_name="transformers",
             pipeline_tag="text-generation",
             tags=["nanogpt"],
@@ -116,12 +114,12 @@ class Report:
         )
 
 
-def measure(val_loss: float, record: dict) -> dict[str, float]:
+def measure(val_loss: float, data: dict) -> dict[str, float]:
     """The validation loss in nats a token, as perplexity, and in bits a UTF-8 byte of the held-out text."""
     return {
         "loss": val_loss,
-        "perplexity": math.exp(val_loss) if val_loss < 700 else math.inf,  # beyond, it is no float
-        "bits_per_byte": val_loss / math.log(2) * record["tokens"]["val"] / max(record["bytes"]["val"], 1),
+        "perplexity": math.exp(val_loss) if val_loss < 700 else math.inf,  # a float cannot hold more
+        "bits_per_byte": val_loss / math.log(2) * data["tokens"]["val"] / max(data["bytes"]["val"], 1),
     }
 
 
@@ -130,7 +128,7 @@ def measure(val_loss: float, record: dict) -> dict[str, float]:
 
 
 def training_seconds(history: list[dict], step_tokens: int) -> float:
-    """Seconds of training that the log accounts for: without evaluation, saving and the steps after its last entry."""
+    """Seconds of training that the log accounts for, without evaluation, saving and the steps after its last entry."""
     seconds, before = 0.0, 0
     for entry in history:
         if "tokens_per_second" in entry:
@@ -140,7 +138,7 @@ def training_seconds(history: list[dict], step_tokens: int) -> float:
 
 
 def show_seconds(seconds: float) -> str:
-    """A time as a person says it."""
+    """A time as a person would say it."""
     minutes, hours = round(seconds / 60), round(seconds / 3600)
     if minutes < 2:
         return f"{seconds:.3g} s"
@@ -148,9 +146,10 @@ def show_seconds(seconds: float) -> str:
 
 
 def find_commit() -> str | None:
-    """The git commit of this project's checkout, `-dirty` where files were changed; None where it is installed."""
+    """The git commit of this project's checkout, with `-dirty` if files were changed. None if it is installed."""
     here = Path(__file__).resolve()
-    tracked = ["git", "ls-files", "--error-unmatch", here.name]  # not so in a checkout that an environment lies in
+    # fails if this file lies in an environment inside somebody else's checkout
+    tracked = ["git", "ls-files", "--error-unmatch", here.name]
     commit = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:
         for command in (tracked, commit):
@@ -168,10 +167,10 @@ def find_commit() -> str | None:
 def draw_samples(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, block_size: int, device: torch.device
 ) -> list[str]:
-    """Three texts from a newline on, up to 100 tokens each, at temperature 0.8 among the 200 likeliest tokens.
+    """Three texts that follow a newline, up to 100 tokens each, at temperature 0.8 among the 200 likeliest tokens.
 
-    The model may be wrapped for several processes if all of them call this. It draws by a generator of its own: the
-    same weights give the same texts, and training goes on as if nothing had been drawn.
+    The model may be wrapped for several processes, if all of them call this. The generator is its own: the same
+    weights give the same texts, and training goes on as if nothing had been drawn.
     """
     was_training = model.training
     model.eval()
@@ -179,7 +178,7 @@ def draw_samples(
     start = opening(tokenizer)
     ids = torch.tensor([start] * 3)  # (3, T)
     new, cache = ids, None
-    with torch.compiler.set_stance("force_eager"):  # one token at a time is no shape to compile for
+    with torch.compiler.set_stance("force_eager"):  # a batch of one token at a time is not worth compiling
         while ids.shape[1] < min(block_size, 100):
             output = model(input_ids=new.to(device), cache=cache, use_cache=True)
             logits = output.logits[:, -1, : len(tokenizer)].float().cpu() / 0.8
@@ -193,16 +192,16 @@ def draw_samples(
 
 
 def opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids of a newline, or of the end of another text where no token spells one."""
+    """The ids of a newline, or the end-of-text id if no token spells a newline."""
     try:
         ids = tokenizer("\n", add_special_tokens=False).input_ids
-    except Exception:  # the class that the library raises where a vocabulary has no token for a character
+    except Exception:  # tokenizers raises the base class if the vocabulary lacks a character
         ids = []
     return ids or [tokenizer.eos_token_id or 0]
 
 
 def fence(text: str, language: str = "text") -> str:
-    """A text as a Markdown block that nothing in it can end, without characters that are no text."""
+    """A text as a Markdown block that nothing in the text can end, without control characters."""
     text = "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
     marks = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{marks}{language}\n{text.strip()}\n{marks}"
@@ -211,15 +210,15 @@ def fence(text: str, language: str = "text") -> str:
 def plot_losses(path: Path, history: list[dict], step_tokens: int) -> None:
     """Draw the losses of both splits (nats a token) against the tokens trained on, as a PNG.
 
-    The fall of the first twentieth may leave the picture at its top, as on its scale the rest would look flat; an
-    evaluation that lies up there is left out.
+    The scale fits the losses after the first twentieth of the run, because otherwise they would look flat. Earlier
+    losses may leave the picture at its top, and an evaluation that lies up there is left out.
     """
-    # only a save needs it; without pyplot there is no display and no global state
+    # imported here because only a save needs it; without pyplot, there is no display and no global state
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, FuncFormatter
 
     last_step = max(entry["step"] for entry in history)
-    points = {  # of each kind of loss, those that are numbers
+    points = {  # for each kind of loss, the finite ones
         key: [(entry["step"], entry[key]) for entry in history if math.isfinite(entry.get(key, math.nan))]
         for key in ("loss", "eval_train_loss", "val_loss")
     }
@@ -249,3 +248,20 @@ def plot_losses(path: Path, history: list[dict], step_tokens: int) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A person's own words in a model card: what stands between two marks stays when the card is written again
+
+NOTES = re.compile(r"(?<=<!-- your notes -->\n).*?(?=<!-- end of your notes -->)", re.S)
+
+
+def notes_of(card: str) -> str:
+    """The text between the two marks of a card, or nothing if a mark is missing."""
+    found = NOTES.search(card)
+    return found[0] if found else ""
+
+
+def with_notes(card: str, notes: str) -> str:
+    """The card with these notes between its marks."""
+    return NOTES.sub(lambda _: notes, card, count=1)

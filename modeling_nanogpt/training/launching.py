@@ -1,4 +1,4 @@
-"""From what was launched to one Accelerator: what was asked for is what runs, or one line says why not."""
+"""From what was launched to one Accelerator. What was asked for is what runs, or one line says why not."""
 
 import os
 from collections.abc import Callable
@@ -9,8 +9,8 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.utils import DistributedType, broadcast_object_list, parse_flag_from_env
 
-PATIENCE = timedelta(days=1)  # of the other processes, while the main one prepares billions of tokens
-# How the processes of each kind train together.
+PATIENCE = timedelta(days=1)  # the other processes wait so long while the main one prepares billions of tokens
+# how the processes of each kind train together
 TOGETHER = {
     DistributedType.NO: "",
     DistributedType.MULTI_CPU: " by DDP",
@@ -21,46 +21,50 @@ TOGETHER = {
 
 
 def start_accelerator(dtype: str, attention: str) -> Accelerator:
-    """The Accelerator of this process; raises ValueError where something else runs than what was launched."""
+    """The Accelerator of this process. Raises ValueError if something else would run than what was launched."""
     for other in ("DEEPSPEED", "MEGATRON_LM"):
         if parse_flag_from_env(f"ACCELERATE_USE_{other}"):
-            raise ValueError(f"accelerate launch asks for {other}: several processes train by DDP or FSDP2")
+            raise ValueError(f"accelerate launch asks for {other}: use DDP or FSDP2, as in hub_configs/accelerate")
     if parse_flag_from_env("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION", "1") != "2":
         raise ValueError("accelerate launch asks for FSDP 1: set fsdp_version: 2 in its configuration")
     launched_by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PATIENCE)
     if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper() != "NO":
-        raise ValueError("accelerate launch asks for a dynamo backend: leave it out and give --compile=true")
+        raise ValueError("accelerate launch asks for a dynamo backend: leave it out, and use --compile=true")
     accelerator = Accelerator(
         mixed_precision=choose_precision(dtype, attention, state.device),
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     if accelerator.distributed_type not in TOGETHER:
         raise ValueError(
-            f"{accelerator.distributed_type.value} is not supported: several processes train by DDP or FSDP2"
+            f"{accelerator.distributed_type.value} is not supported: use DDP or FSDP2, as in hub_configs/accelerate"
         )
     if parse_flag_from_env("ACCELERATE_USE_FSDP") and accelerator.distributed_type != DistributedType.FSDP:
-        raise ValueError("accelerate launch asks for FSDP, which needs several GPUs: without it, DDP does it")
+        raise ValueError("accelerate launch asks for FSDP, which needs several GPUs: drop it and the run uses DDP")
     started = int(os.environ.get("WORLD_SIZE", 1))
-    if started != accelerator.num_processes:  # as torchrun alone does on CPUs
-        raise ValueError(f"{started} processes were started, but each is alone: set ACCELERATE_USE_CPU=true")
+    if started != accelerator.num_processes:  # torchrun on CPUs without that variable
+        raise ValueError(f"{started} processes were started, but each trains alone: set ACCELERATE_USE_CPU=true")
     if launched_by_accelerate and "WORLD_SIZE" not in os.environ and "MASTER_ADDR" in os.environ:
         # `accelerate launch --cpu --num_processes 2` sets the address where they would meet, and starts one
         raise ValueError(
-            "accelerate launch was asked for several processes, but starts one on CPUs: use ACCELERATE_USE_CPU=true "
-            "torchrun --standalone --nproc_per_node N (or unset MASTER_ADDR, if one was meant)"
+            "accelerate launch was asked for several processes, but starts only one on CPUs: use "
+            "ACCELERATE_USE_CPU=true torchrun --standalone --nproc_per_node N (or unset MASTER_ADDR for one process)"
         )
     if accelerator.device.type == "cpu" and launched_by_accelerate and torch.get_num_threads() == 1:
         # `accelerate launch` has set OMP_NUM_THREADS=1, which halves the speed on two cores
         torch.set_num_threads(max(1, (psutil.cpu_count(logical=False) or 1) // accelerator.num_processes))
     if accelerator.device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 where the arithmetic is float32
+        torch.set_float32_matmul_precision("high")  # products of float32 matrices use TF32
     return accelerator
 
 
 def main_first(call: Callable):
-    """What call() returns, on the main process first; a ValueError there is everybody's, so that none waits for it."""
-    is_main, result, mistakes = PartialState().is_main_process, None, [None]
+    """What call() returns: the main process calls first, then the others.
+
+    If the main process raises ValueError, every process does, so that none of them waits for it.
+    """
+    is_main = PartialState().is_main_process
+    result, mistakes = None, [""]
     if is_main:
         try:
             result = call()
@@ -73,11 +77,11 @@ def main_first(call: Callable):
 
 
 def choose_precision(dtype: str, attention: str, device: torch.device) -> str:
-    """Accelerate's name of the precision; `auto` is what `accelerate launch` asks for, else the device's best."""
+    """Accelerate's name of the precision. `auto` is what `accelerate launch` asks for, or the best of the device."""
     names = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched not in names.values():
-        raise ValueError(f"accelerate launch asks for mixed_precision={launched}; no, bf16 and fp16 are known")
+        raise ValueError(f"accelerate launch asks for mixed_precision={launched}, but it must be no, bf16 or fp16")
     if dtype != "auto":
         if launched not in ("no", names[dtype]):
             raise ValueError(
@@ -89,21 +93,26 @@ def choose_precision(dtype: str, attention: str, device: torch.device) -> str:
     else:
         precision = launched
     if attention == "flex_attention" and device.type == "cpu":
-        raise ValueError("attn_implementation=flex_attention trains on a GPU only: on a CPU use sdpa or eager")
+        raise ValueError(
+            "attn_implementation=flex_attention trains on a GPU only: use --attn_implementation=sdpa or eager"
+        )
     if precision == "fp16" and device.type == "cpu":
         raise ValueError("dtype=float16 needs a GPU: on a CPU use --dtype=float32 or --dtype=bfloat16")
     return precision
 
 
 def describe(accelerator: Accelerator) -> str:
-    """How many processes run, on what, and how they train together: the first thing that a log should say."""
+    """How many processes run, on what, and how they train together: the first line of the log."""
     count, device = accelerator.num_processes, accelerator.device
-    threads = torch.get_num_threads()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    processes = "1 process" if count == 1 else f"{count} processes"
+    machines = int(os.environ.get("GROUP_WORLD_SIZE", 1))  # torchrun's name for their number
+    if machines > 1:
+        processes += f" on {machines} machines"
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     if device.type == "cpu":
-        name += f", {threads} thread{'s' * (threads > 1)}{' each' * (count > 1)}"
-    machines = int(os.environ.get("GROUP_WORLD_SIZE", 1))  # torchrun's word for them
-    arithmetic = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}[accelerator.mixed_precision]
-    where = f" on {machines} machines" if machines > 1 else ""
-    together = TOGETHER[accelerator.distributed_type]
-    return f"{count} process{'es' * (count > 1)}{where}{together} ({name}), {arithmetic}"
+        threads = torch.get_num_threads()
+        hardware += ", 1 thread" if threads == 1 else f", {threads} threads"
+        if count > 1:
+            hardware += " each"
+    dtype = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}[accelerator.mixed_precision]
+    return f"{processes}{TOGETHER[accelerator.distributed_type]} ({hardware}), {dtype}"

@@ -1,0 +1,59 @@
+"""What the commands of this package share: the parser of their flags.
+
+Nothing here imports torch or transformers, which takes seconds: a command reads its flags before it imports them.
+"""
+
+import argparse
+import difflib
+import math
+from typing import NoReturn
+
+
+class CommandParser(argparse.ArgumentParser):
+    """The arguments of `python -m MODULE`. Flags are never abbreviated; a mistake is one line and exit status 2."""
+
+    def __init__(self, module: str, *, usage: str, description: str | None):
+        layout = lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32)  # noqa: E731
+        command = f"python -m {module}"
+        super().__init__(
+            prog=command,
+            usage=f"{command} {usage}",
+            description=description,
+            formatter_class=layout,
+            allow_abbrev=False,
+        )
+        self.bounds: dict[str, tuple[float, float]] = {}  # flag -> least number, and what all numbers are below
+
+    def add_number(
+        self, flag: str, default: float, help: str, *, at_least: float = 0, below: float = math.inf
+    ) -> None:
+        """A flag whose value is a number between bounds, and a whole one if the default is whole."""
+        kind, metavar = (int, "N") if isinstance(default, int) else (float, "X")
+        self.add_argument(flag, metavar=metavar, type=kind, default=default, help=f"{help} (default: {default})")
+        self.bounds[flag] = (at_least, below)
+
+    def parse(self, argv: list[str]) -> argparse.Namespace:
+        """The values of all arguments. An unknown flag is answered with the nearest known one."""
+        values, unknown = self.parse_known_args(argv)
+        if unknown:
+            self.error(self.explain_unknown(unknown[0]))
+        for flag, (at_least, below) in self.bounds.items():
+            value = getattr(values, flag.removeprefix("--"))
+            if not value >= at_least:  # this way NaN fails as well
+                self.error(f"{flag}={value}, but it must be at least {at_least}")
+            if value == math.inf:
+                self.error(f"{flag}={value}, but it must be finite")
+            if not value < below:
+                self.error(f"{flag}={value}, but it must be below {below}")
+        return values
+
+    def explain_unknown(self, word: str) -> str:
+        """What to say about a word that is neither a flag nor an argument."""
+        if not word.startswith("--"):
+            return f"unexpected {word!r}: --help shows how the command is used"
+        flag = word.split("=")[0]
+        (nearest,) = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0)
+        return f"unknown flag {flag}: did you mean {nearest}? --help lists all of them"
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")

@@ -1,0 +1,63 @@
+"""Writing that a crash cannot spoil: everything is written aside, and counts only once it is renamed."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def check_writable(folder: Path) -> None:
+    """Raise ValueError if a folder, or its nearest parent that exists, cannot be written. Leaves no trace."""
+    path = folder.absolute()
+    nearest = next(place for place in (path, *path.parents) if place.exists())
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise ValueError(f"out_dir={folder} cannot be written ({error.strerror}): give another --out_dir") from None
+
+
+@contextmanager
+def files_written_aside(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder to write into. On leaving, its files replace the files of the same names in `folder`.
+
+    A crash before that leaves `folder` as it was. Each rename is atomic. The weights come last: if a folder has new
+    weights, it also has everything that they need to load.
+    """
+    staging = folder / ".saving"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        for path in sorted(staging.iterdir(), key=lambda path: path.suffix == ".safetensors"):
+            flush(path)
+            os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def folder_written_aside(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder to write into. On leaving, it becomes `folder`, so that `folder` is whole or not there."""
+    staging = folder.with_name(".saving")  # always the same name: the next save clears away what a killed run left
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        for path in (*staging.iterdir(), staging):
+            flush(path)
+        os.rename(staging, folder)
+        flush(folder.parent)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or the list of names in a folder, is on the disk. Only then may a rename make it count."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

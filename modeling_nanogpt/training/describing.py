@@ -1,0 +1,72 @@
+"""What a run is: facts that do not change while it runs, for the log, the model card and the checkpoints."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from ..configuration_nanogpt import NanoGPTConfig
+from ..modeling_nanogpt import NanoGPTForCausalLM
+from ..throughput import flops_per_token
+from .launching import describe
+from .starting import Start, identify_data
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What a run is: its folder, its flags, its model, its data, and what trains it."""
+
+    out_dir: Path
+    recipe: dict  # every flag that has a value
+    config: NanoGPTConfig
+    parameters: int
+    data: dict  # prepared.json of the data_dir
+    step_tokens: int  # tokens in an optimizer step
+    hardware: str  # processes, devices and precision
+    introduction: str  # the first lines of the log
+
+    @property
+    def step_flops(self) -> float:
+        """FLOPs of an optimizer step."""
+        return self.step_tokens * flops_per_token(self.config)
+
+    @property
+    def identity(self) -> dict:
+        """What a resumed run must find again: its flags, the model's shape, and its data."""
+        return {"recipe": self.recipe, "config": self.config.to_dict(), "data": identify_data(self.data)}
+
+
+def describe_run(
+    flags, recipe: dict, start: Start, model: NanoGPTForCausalLM, data: dict, accelerator: Accelerator
+) -> RunFacts:
+    """The facts of a run. `data` is prepared.json.
+
+    `flags` are the trainer's, and `recipe` has all flags as they were given. The two differ in the batch size if it
+    was found automatically.
+    """
+    config, parameters, hardware = model.config, model.num_parameters(), describe(accelerator)
+    step_tokens = flags.batch_size * flags.gradient_accumulation_steps * config.block_size
+    introduction = (
+        f"{hardware}, {flags.attn_implementation} attention, compile={flags.compile}\n"
+        f"{parameters:,} parameters, {flops_per_token(config):.3g} FLOPs a token, "
+        f"{data['tokens']['train']:,} tokens to train on\n"
+        f"a step: {step_tokens:,} tokens in {flags.gradient_accumulation_steps} micro-batches of "
+        f"{flags.batch_size} windows of {config.block_size} tokens"
+    )
+    if start.checkpoint:
+        introduction += f"\ngoing on after step {start.state.step}, from {start.checkpoint}"
+    return RunFacts(
+        out_dir=Path(flags.out_dir),
+        recipe=recipe,
+        config=config,
+        parameters=parameters,
+        data=data,
+        step_tokens=step_tokens,
+        hardware=hardware,
+        introduction=introduction,
+    )
+
+
+def resolve_recipe(*arguments) -> dict:
+    """Every flag that has a value, out of several dataclasses of flags."""
+    return {key: value for each in arguments for key, value in vars(each).items() if value is not None}

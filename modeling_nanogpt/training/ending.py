@@ -1,0 +1,33 @@
+"""How a run ended: it finished, a signal stopped it, or it failed."""
+
+import sys
+
+from accelerate import Accelerator
+
+from .checkpointing import TrainState, newest_complete
+from .saving import Saver
+
+
+def end_run(accelerator: Accelerator, saver: Saver, state: TrainState, *, stopped_by: int, failure: str) -> None:
+    """Say how the run ended, and leave together. Exits with a status unless the run finished.
+
+    `stopped_by` is the number of the signal that stopped the run, or 0. `failure` says why training failed, if it did.
+    """
+    out_dir, pusher = saver.out_dir, saver.pusher
+    if failure:
+        failure += f"; the last good checkpoint: {newest_complete(out_dir) or 'none yet'}"
+    failure = failure or saver.failure
+    if not failure and stopped_by:
+        accelerator.print(f"stopped by a signal after step {state.step}; --init_from=resume goes on from there")
+    if not failure and not stopped_by:
+        accelerator.print(f"best val loss {state.best_val_loss:.4f}; the model is in {out_dir}")
+    # Wait for the last save. A process that left at once could also hang in the destructor of gloo, which holds the
+    # GIL while one of its threads still needs the GIL to free the last gathered tensor.
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    if pusher:  # at the very end, because a push may take longer than processes wait for each other
+        pusher.finish(f"step {state.step}: stopped" if stopped_by else None)
+    if failure:
+        sys.exit(f"train_accelerate.py: error: {failure}")
+    if stopped_by:
+        sys.exit(128 + stopped_by)
