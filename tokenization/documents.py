@@ -100,7 +100,7 @@ def open_zip(archive: BinaryIO) -> Iterator[tuple[str, BinaryIO]]:
 
 
 def open_tar(archive: BinaryIO) -> Iterator[tuple[str, BinaryIO]]:
-    with tarfile.open(fileobj=archive, mode="r|") as members:
+    with tarfile.open(fileobj=archive, mode="r:") as members:
         for member in members:
             if member.isfile():
                 yield member.name, members.extractfile(member)
@@ -253,6 +253,8 @@ def read_table(kind: str, address: str, file: BinaryIO, column: str) -> Iterator
     elif kind == ".parquet":
         table = pa.parquet.ParquetFile(file if file.seekable() else io.BytesIO(file.read()))
         check_column(table.schema_arrow.names, column, "the table")
+        if not table.metadata.num_rows:  # `datasets` would read batches of 0 rows
+            return
         if PurePath(address).suffix in COMPRESSED:  # `datasets` does not unpack it
             yield from contents_of(table.read([column])[column], column, 1)
             return
