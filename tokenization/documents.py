@@ -64,9 +64,9 @@ def read_file(path: Path, column: str, left_out: Counter) -> Iterator[Piece]:
     """
     where = path
     try:
-        for name, address, file in open_file(path, left_out):
+        for name, file in open_file(path, left_out):
             where = f"{path} ({name})" if name else path
-            for content, ends in read_content(kind_of(name or path.name), address, file, column):
+            for content, ends in read_content(kind_of(name or path.name), file, column, None if name else path):
                 if len(content):
                     yield content, ends
     except UnicodeDecodeError as error:
@@ -77,17 +77,17 @@ def read_file(path: Path, column: str, left_out: Counter) -> Iterator[Piece]:
         raise ValueError(f"corpus: {where} {mistake}") from None
 
 
-def open_file(path: Path, left_out: Counter) -> Iterator[tuple[str, str, BinaryIO]]:
-    """The file itself, or the members of an archive: name in the archive, address for `datasets`, content."""
+def open_file(path: Path, left_out: Counter) -> Iterator[tuple[str, BinaryIO]]:
+    """The file itself, or the members of an archive: the name in the archive, and the content."""
     kind = kind_of(path.name)
     if kind not in ARCHIVES:
         with open(path, "rb") as packed, unpack(packed, path.name) as file:
-            yield "", str(path), file
+            yield "", file
         return
     with open(path, "rb") as packed, unpack(packed, path.name) as archive:
         for name, member in open_zip(archive) if kind == ".zip" else open_tar(archive):
             if kind_of(name) in KNOWN - ARCHIVES and not is_hidden(PurePath(name)):
-                yield name, f"{kind[1:]}://{name}::{path}", unpack(member, name)
+                yield name, unpack(member, name)
             elif not is_hidden(PurePath(name)):
                 left_out[kind_of(name)] += 1
 
@@ -118,10 +118,10 @@ def unpack(file: BinaryIO, name: str) -> BinaryIO:
     return COMPRESSED[suffix](file, "rb") if suffix in COMPRESSED else file
 
 
-def read_content(kind: str, address: str, file: BinaryIO, column: str) -> Iterator[Piece]:
-    """The documents of an open file of this kind, `address` being where `datasets` finds it."""
+def read_content(kind: str, file: BinaryIO, column: str, path: Path | None) -> Iterator[Piece]:
+    """The documents of an open file of this kind; `path` is None if the file is in an archive."""
     if kind in TABLES:
-        return read_table(kind, address, file, column)
+        return read_table(kind, file, column, path)
     if kind in JSON:
         rows = read_json(file) if kind == ".json" else read_lines(file)
         return ((text_of(row, column, where), True) for where, row in rows)
@@ -236,36 +236,42 @@ def read_json(file: BinaryIO) -> Iterator[tuple[str, object]]:
         yield f"row {number}", row
 
 
-def read_table(kind: str, address: str, file: BinaryIO, column: str) -> Iterator[Piece]:
-    """The texts, or lists of ids, in a column of a table."""
+def read_table(kind: str, file: BinaryIO, column: str, path: Path | None) -> Iterator[Piece]:
+    """The texts, or lists of ids, in a column of a table. What is in an archive is read whole, without `datasets`."""
+    import pandas
     from datasets import Features, Value, load_dataset
-    from pandas.errors import ParserError
 
-    options = {"columns": [column]} if kind == ".parquet" else {}
+    table, options = None, {}
     if TABLES[kind] == "csv":
         csv.field_size_limit(sys.maxsize)  # a document may be long
-        separator = "\t" if kind == ".tsv" else ","
-        lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
-        check_column(next(csv.reader(lines, delimiter=separator), []), column, "row 1")
         # as text, whatever it looks like: "007", "NA" and "1.50" stay what they are
-        exactly = {"features": Features({column: Value("string")}), "keep_default_na": False}
-        options = {"sep": separator, "encoding": "utf-8-sig", **exactly}
-    elif kind == ".parquet":
-        table = pa.parquet.ParquetFile(file if file.seekable() else io.BytesIO(file.read()))
-        check_column(table.schema_arrow.names, column, "the table")
-        if not table.metadata.num_rows:  # `datasets` would read batches of 0 rows
-            return
-        if PurePath(address).suffix in COMPRESSED:  # `datasets` does not unpack it
-            yield from contents_of(table.read([column])[column], column, 1)
-            return
-    rows = load_dataset(TABLES[kind], data_files=address, split="train", streaming=True, **options)
+        options = {"sep": "\t" if kind == ".tsv" else ",", "encoding": "utf-8-sig", "keep_default_na": False}
+        lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+        check_column(next(csv.reader(lines, delimiter=options["sep"]), []), column, "row 1")
+        if path is None:
+            file.seek(0)
+            table = pa.table(pandas.read_csv(file, usecols=[column], dtype=str, **options))
+        options["features"] = Features({column: Value("string")})
+    if kind == ".parquet":
+        parquet, options = (
+            pa.parquet.ParquetFile(file if file.seekable() else io.BytesIO(file.read())),
+            {"columns": [column]},
+        )
+        check_column(parquet.schema_arrow.names, column, "the table")
+        if path is None or path.suffix in COMPRESSED or not parquet.metadata.num_rows:  # which `datasets` cannot read
+            table = parquet.read([column])
+    if table is None:
+        batches = load_dataset(TABLES[kind], data_files=str(path), split="train", streaming=True, **options)
+        batches = batches.with_format("arrow").iter(batch_size=1000)
+    else:
+        batches = [table]
     number = 1
     try:
-        for batch in rows.with_format("arrow").iter(batch_size=1000):
+        for batch in batches:
             check_column(batch.column_names, column, "the table")
             yield from contents_of(batch[column], column, number)
             number += len(batch)
-    except ParserError as error:
+    except pandas.errors.ParserError as error:
         raise ValueError(f"cannot be read: {first_line(error)}") from None
 
 
