@@ -17,9 +17,11 @@ import datasets
 import numpy as np
 import pytest
 import tiktoken
+from transformers import AutoTokenizer, DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
 from support import ROOT
 from support.data_dirs import files_of, prepare_flags, stored_ids
+from support.models import make_model
 from support.needs import needs_gpt2, needs_shakespeare
 from support.prepare_command import Command, lines_of, run_command
 from support.texts import FOXES, write_corpus, write_text
@@ -43,8 +45,8 @@ def contents(folder):
 def command(tmp_path_factory):
     """Starts the prepare command, by default with small files; see support/prepare_command.py."""
 
-    def start(*flags, small=0.0, most=None):
-        return Command(tmp_path_factory.mktemp("said"), *flags, small=small, most=most)
+    def start(*flags, small=0.0, **settings):
+        return Command(tmp_path_factory.mktemp("said"), *flags, small=small, **settings)
 
     return start
 
@@ -199,6 +201,30 @@ def test_an_interrupted_run_keeps_what_it_has(corpora, tmp_path, command):
     assert stored_ids(tmp_path / "data", "val")
 
 
+@pytest.mark.parametrize("num_proc", [1, 2])
+def test_ctrl_c_is_one_line(corpora, tmp_path, command, num_proc):
+    child = command(
+        f"--corpus={corpora / 'long.txt'}", f"--data_dir={tmp_path / 'data'}", f"--num_proc={num_proc}", small=0.3
+    )
+    child.wait_for(finished, tmp_path / "data.partial")
+    assert child.kill(signal.SIGINT) == 130
+    (line,) = lines_of(child.result().stderr)
+    assert "interrupted" in line
+
+
+def test_a_worker_that_is_killed_is_one_line(corpora, tmp_path, command):
+    flags = [
+        f"--corpus={corpora / 'rows.jsonl'}",
+        f"--data_dir={tmp_path / 'data'}",
+        "--tokenizer=bpe",
+        "--num_proc=2",
+    ]
+    child = command(*flags, worker_dies=True)
+    assert child.result().returncode == 2
+    (line,) = lines_of(child.result().stderr)
+    assert "a process that tokenizes was killed" in line and "--num_proc" in line
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Two at once
 
@@ -343,6 +369,109 @@ def test_a_tokenizer_that_was_changed_in_its_place_is_noticed(tmp_path):
     file.write_text(json.dumps(spec))
     with pytest.raises(ValueError, match=r"made with tokenizer=.*tokenizer, not "):
         prepare_flags(**flags)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A data_dir that is complete needs nothing else
+
+
+@pytest.mark.parametrize("lost", ["corpus", "tokenizer"])
+def test_what_a_data_dir_was_made_from_may_be_gone(tmp_path, capsys, lost):
+    flags = {"corpus": write_text(tmp_path / "text.txt"), "data_dir": tmp_path / "data"}
+    flags["tokenizer"] = write_text(tmp_path / "characters.txt")
+    record = prepare_flags(**flags)
+    os.unlink(flags[lost])
+    capsys.readouterr()
+    assert prepare_flags(**flags) == record
+    said = lines_of(capsys.readouterr().err)
+    assert len(said) == (lost == "corpus") and all(flags[lost] in line and "taking" in line for line in said)
+    with pytest.raises(ValueError, match="no such file"):  # another name was never seen
+        prepare_flags(**flags | {"corpus": tmp_path / "other.txt"})
+
+
+def test_a_corpus_on_the_web_is_fetched_once(tmp_path):
+    record = prepare_flags(corpus=write_text(tmp_path / "text.txt"), data_dir=tmp_path / "data")
+    address = "http://127.0.0.1:9/input.txt"  # where nobody answers
+    record["corpus"] = address
+    (tmp_path / "data" / "prepared.json").write_text(json.dumps(record))
+    assert prepare_flags(corpus=address, data_dir=tmp_path / "data") == record
+    with pytest.raises(ValueError, match="val_fraction=0.1, not 0.2"):
+        prepare_flags(corpus=address, data_dir=tmp_path / "data", val_fraction=0.2)
+
+
+def test_a_data_dir_of_the_earlier_layout_opens(tmp_path):
+    # There, rows had a fixed length, and zeros filled up the last; the record is the same but for new keys.
+    flags = {"corpus": write_text(tmp_path / "text.txt"), "data_dir": tmp_path / "data"}
+    record = prepare_flags(**flags)
+    for split in ("train", "val"):
+        ids = stored_ids(tmp_path / "data", split)
+        rows = np.array(ids + [0] * (-len(ids) % ROW), dtype=np.uint16).reshape(-1, ROW)
+        features = datasets.Features({"input_ids": datasets.List(datasets.Value("uint16"), length=ROW)})
+        shutil.rmtree(tmp_path / "data" / split)
+        datasets.Dataset.from_dict({"input_ids": rows}, features).save_to_disk(tmp_path / "data" / split)
+        stream = prepare(DataArguments(**{key: str(value) for key, value in flags.items()})).stream(split)
+        assert stream.read(0, len(stream)).tolist() == ids
+    assert prepare_flags(**flags) == record
+
+
+def test_trainer_takes_a_data_dir_as_it_is(tmp_path):
+    prepare_flags(corpus=write_text(tmp_path / "text.txt"), data_dir=tmp_path / "data")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "data")
+    model = make_model(n_layer=1, n_head=1, n_embd=8, block_size=ROW, vocab_size=len(tokenizer))
+    trainer = Trainer(
+        model,
+        TrainingArguments(
+            tmp_path / "out", max_steps=3, per_device_train_batch_size=2, report_to="none", use_cpu=True
+        ),
+        train_dataset=datasets.load_from_disk(tmp_path / "data")["train"],
+        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+    )
+    assert np.isfinite(trainer.train().training_loss)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Splits and ids that are there already
+
+
+def test_a_split_of_its_own_is_kept(tmp_path):
+    tables = {"train": ["ab", "cd", "ef"], "validation": ["gh"]}
+    saved = datasets.DatasetDict({split: datasets.Dataset.from_dict({"text": t}) for split, t in tables.items()})
+    saved.save_to_disk(tmp_path / "saved")
+    flags = {"corpus": tmp_path / "saved", "data_dir": tmp_path / "data", "val_split": "validation"}
+    record = prepare_flags(**flags)
+    assert record["documents"] == {"train": 3, "val": 1} and record["tokens"] == {"train": 9, "val": 3}
+    assert prepare_flags(**flags) == record
+    with pytest.raises(ValueError, match="was made with val_split=validation, not "):
+        prepare_flags(**flags | {"val_split": ""})
+
+
+def test_ids_that_someone_else_made_are_taken_as_they_are(prepared_bpe, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(prepared_bpe)
+    rows = [tokenizer.encode(f"{i} foxes") + [tokenizer.eos_token_id] for i in range(20)]
+    datasets.Dataset.from_dict({"input_ids": rows}).to_parquet(tmp_path / "rows.parquet")
+    flags = {"corpus": tmp_path / "rows.parquet", "text_column": "input_ids", "data_dir": tmp_path / "data"}
+    record = prepare_flags(**flags, tokenizer=prepared_bpe)
+    assert record["documents"] == {"train": 18, "val": 2}
+    assert stored_ids(tmp_path / "data", "val") == rows[1] + rows[11]
+    with pytest.raises(ValueError, match="is tokens already, and tokenizer=char is made from text"):
+        prepare_flags(**flags | {"data_dir": tmp_path / "other"})
+
+
+@pytest.fixture(scope="module")
+def prepared_bpe(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bpe")
+    prepare_flags(corpus=write_text(folder / "text.txt"), data_dir=folder / "data", tokenizer="bpe", vocab_size=300)
+    return folder / "data"
+
+
+def test_shards_of_llm_c_become_a_data_dir(prepared_bpe, tmp_path):
+    for name, ids in {"train_1": [1, 2, 3] * 500, "train_2": [4, 5], "val_0": [6, 7]}.items():
+        header = np.zeros(256, dtype="<i4")
+        header[:3] = 20240520, 1, len(ids)
+        (tmp_path / f"fineweb_{name}.bin").write_bytes(header.tobytes() + np.array(ids, dtype="<u2").tobytes())
+    prepare_flags(corpus=tmp_path / "*.bin", tokenizer=prepared_bpe, data_dir=tmp_path / "data")
+    assert stored_ids(tmp_path / "data", "train") == [1, 2, 3] * 500 + [4, 5]
+    assert stored_ids(tmp_path / "data", "val") == [6, 7]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -18,14 +18,14 @@ from support.forks import fork
 class Command:
     """`python -m tokenization.prepare` with these flags, as a process that a test may kill.
 
-    small: files and batches so small that a text of a megabyte has many, and so many seconds of rest after each entry
-    in the journal. most: bytes in a file, beyond which writing fails.
+    small: files and batches so small that a text of a megabyte has many, and so many seconds of rest after each
+    shard. most: bytes in a file, beyond which writing fails. worker_dies: whoever tokenizes is killed.
     """
 
-    def __init__(self, folder: Path, *flags, small: float | None = None, most: int | None = None):
+    def __init__(self, folder: Path, *flags, small: float | None = None, most: int | None = None, worker_dies=False):
         folder.mkdir(exist_ok=True)
         self.said = folder / "stdout", folder / "stderr"
-        self.process = fork(run, list(map(str, flags)), small, most, *map(str, self.said))
+        self.process = fork(run, list(map(str, flags)), small, most, worker_dies, *map(str, self.said))
 
     def wait_for(self, condition, *arguments) -> None:
         """Until a condition holds, which it must before the process ends."""
@@ -48,7 +48,7 @@ class Command:
         return self.process.exitcode
 
 
-def run(flags: list[str], small: float | None, most: int | None, stdout: str, stderr: str) -> None:
+def run(flags: list[str], small: float | None, most: int | None, worker_dies: bool, stdout: str, stderr: str) -> None:
     """What the process does."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the server that forks has it ignored
     for number, path in ((1, stdout), (2, stderr)):
@@ -69,6 +69,8 @@ def run(flags: list[str], small: float | None, most: int | None, stdout: str, st
                 time.sleep(small)
 
         making.shards_of = slowly
+    if worker_dies:
+        making.encode_texts = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
     if most is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
