@@ -105,7 +105,8 @@ def test_a_nanogpt_checkpoint_has_the_logits_of_the_definition(tmp_path, bias, p
 
 
 def test_a_checkpoint_is_read_once_for_its_shape_and_its_weights(tmp_path, monkeypatch):
-    path, model = write_ckpt(tmp_path / "ckpt.pt", ours()), ours()
+    model = ours()
+    path = write_ckpt(tmp_path / "ckpt.pt", model)
     read, reads = torch.load, []
     monkeypatch.setattr(torch, "load", lambda path, **options: reads.append(path) or read(path, **options))
     for name in (path, tmp_path):  # the file, or the folder that it is in
