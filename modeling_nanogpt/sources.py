@@ -149,7 +149,7 @@ def check_given(config: NanoGPTConfig, given: dict, source: str) -> None:
     for key, value in given.items():
         theirs = getattr(config, key)
         if value != theirs:
-            raise ValueError(f"{key}={value}, but init_from={source} has {key}={theirs}: leave out --{key}")
+            raise ValueError(f"{key}={value}, but init_from={source} has {key}={theirs}: leave it out")
 
 
 def build_model(model_class: type[Model], config: PreTrainedConfig, weights: StateDict, dtype: torch.dtype) -> Model:

@@ -1,7 +1,7 @@
-"""One saved folder says the same on every release of transformers, with the key/value cache and without it.
+"""One saved folder says the same on every release of transformers, with and without the key/value cache.
 
     python tests/support/one_folder.py save FOLDER     a model, and the greedy text that it must give
-    python tests/support/one_folder.py check FOLDER    the text that it gives here, by its own code and by the project's
+    python tests/support/one_folder.py check FOLDER    loads it by its own code and by the project's, and compares
 
 .ci/run saves in one environment and checks in all of them.
 """
