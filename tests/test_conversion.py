@@ -104,6 +104,18 @@ def test_a_nanogpt_checkpoint_has_the_logits_of_the_definition(tmp_path, bias, p
     torch.testing.assert_close(logits(loaded), expected.detach(), atol=1e-5, rtol=1e-5)
 
 
+def test_a_checkpoint_is_read_once_for_its_shape_and_its_weights(tmp_path, monkeypatch):
+    model = ours()
+    path = write_ckpt(tmp_path / "ckpt.pt", model)
+    read, reads = torch.load, []
+    monkeypatch.setattr(torch, "load", lambda path, **options: reads.append(path) or read(path, **options))
+    for name in (path, tmp_path):  # the file, or the folder that it is in
+        source = open_source(str(name))
+        assert source.config.n_embd == 32 and not source.carries_tokenizer
+        assert torch.equal(logits(source.model(source.config).eval()), logits(model))
+    assert reads == [path, path]
+
+
 def test_old_mask_buffers_are_left_out(tmp_path):
     model = ours(bias=True)
     buffers = {f"transformer.h.{layer}.attn.bias": torch.ones(1, 1, 16, 16).tril() for layer in range(2)}
