@@ -22,19 +22,21 @@ def make_gpt2_tokenizer() -> PreTrainedTokenizerFast:
             "filled on another machine; or take --tokenizer=bpe, which needs no download"
         ) from None
     converter = TikTokenConverter(pattern=encoding._pat_str, extra_special_tokens=[END_OF_TEXT])
-    converter.load_tiktoken_bpe = lambda vocab_file: encoding._mergeable_ranks  # there is no file to read them from
+    # there is no file to read them from
+    converter.load_tiktoken_bpe = lambda tiktoken_url: encoding._mergeable_ranks  # type: ignore[method-assign]
     return fast_tokenizer(converter.converted())
 
 
 def get_encoding() -> tiktoken.Encoding:
     """tiktoken's "gpt2"; a line on stderr comes before a download, because tiktoken downloads in silence."""
-    read_file, said = tiktoken.load.read_file, []
+    read_file, announced = tiktoken.load.read_file, False
 
-    def read_aloud(address: str) -> bytes:
-        if not said:
+    def read_aloud(blobpath: str) -> bytes:
+        nonlocal announced
+        if not announced:
             print("fetching GPT-2's vocabulary (1.5 MB) ...", file=sys.stderr, flush=True)
-            said.append(address)
-        return read_file(address)
+        announced = True
+        return read_file(blobpath)
 
     tiktoken.load.read_file = read_aloud  # tiktoken calls it only for what its cache lacks
     try:
