@@ -1,4 +1,4 @@
-"""The shape of a nanoGPT model. This file travels with every checkpoint, so it imports nothing else of the project."""
+"""The shape of a nanoGPT model. This file travels with every checkpoint, so it imports nothing of the project."""
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
@@ -8,14 +8,14 @@ ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh")
 
 @strict
 class NanoGPTConfig(PreTrainedConfig):
-    """Architecture of a GPT-2 style decoder, under nanoGPT's names; transformers' names are aliases.
+    """The architecture of a GPT-2 style decoder, under nanoGPT's names. transformers' names are aliases of them.
 
-    Every field is checked on construction and before saving: a wrong type or an impossible shape raises an error
-    that names the field. Unlike GPT-2, one `dropout` serves embeddings, attention and residuals, as in nanoGPT.
+    Every field is checked on construction and before saving: a wrong type or an impossible shape raises an error that
+    names the field. As in nanoGPT, and unlike GPT-2, there is one `dropout` for embeddings, attention and residuals.
     """
 
     model_type = "nanogpt"
-    keys_to_ignore_at_inference = ["cache", "past_key_values"]  # one thing: transformers 5.24 renamed it
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]  # transformers 5.24 renamed the second to the first
     attribute_map = {
         "n_positions": "block_size",
         "max_position_embeddings": "block_size",
@@ -25,8 +25,9 @@ class NanoGPTConfig(PreTrainedConfig):
         "hidden_act": "activation_function",
     }
 
-    # c_attn holds q, k and v in one matrix, whose plain column shards are not whole heads: each rank computes its
-    # columns, then all gather them, and attention itself is replicated. The MLP is sharded throughout.
+    # Tensor parallelism. c_attn holds q, k and v in one matrix, and a shard of its columns is not a number of whole
+    # heads. So each process computes its columns, all processes gather them, and each computes all of attention. The
+    # MLP is sharded throughout.
     base_model_tp_plan = {
         "wte": "embedding_rowwise",
         "h.*.attn.c_attn": "colwise_gather_output",
@@ -34,6 +35,7 @@ class NanoGPTConfig(PreTrainedConfig):
         "h.*.mlp.c_fc": "colwise",
         "h.*.mlp.c_proj": "rowwise",
     }
+    # FSDP: after the forward pass, the full weight is freed or kept for the backward pass.
     base_model_fsdp_plan = {
         "wte": "free_full_weight",
         "wpe": "free_full_weight",
@@ -41,13 +43,13 @@ class NanoGPTConfig(PreTrainedConfig):
         "ln_f": "keep_full_weight",
     }
 
-    vocab_size: int = 50304  # tokens; GPT-2's 50257 rounded up to a multiple of 64, which is faster
-    block_size: int = 1024  # tokens; the longest context, fixed by the learned positions
+    vocab_size: int = 50304  # GPT-2's 50257 tokens, rounded up to a multiple of 64, which is faster
+    block_size: int = 1024  # longest context, in tokens, fixed by the learned positions
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
-    intermediate_size: int | None = None  # width of the MLP; 4 * n_embd unless given
-    activation_function: str = "gelu"  # exact GELU as in nanoGPT; "gelu_new" is GPT-2's tanh approximation
+    intermediate_size: int | None = None  # width of the MLP, 4 * n_embd by default
+    activation_function: str = "gelu"  # the exact GELU, as in nanoGPT; "gelu_new" is GPT-2's tanh approximation
     dropout: float | int = 0.0
     bias: bool = False  # biases in linear layers and layer norms; GPT-2 has them, nanoGPT trains better without
     layer_norm_epsilon: float = 1e-5
@@ -59,23 +61,24 @@ class NanoGPTConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs):
-        super().__post_init__(**kwargs)  # first: it applies the aliases, so that hidden_size reaches n_embd
-        # transformers 5.17 adds llama's "embed_tokens" to a tied model's plan; wte is in the plan already
+        super().__post_init__(**kwargs)  # first, because it applies the aliases: hidden_size sets n_embd
+        # transformers 5.17 adds llama's "embed_tokens" to the plan of a tied model; here wte is in the plan already
         vars(self).pop("base_model_tp_plan", None)
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.n_embd
 
     def validate_architecture(self):
-        """Raise ValueError where the fields cannot form a model; called on construction and before saving."""
+        """Raise ValueError if the fields cannot form a model. Construction and saving call this."""
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "intermediate_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}, but it must be at least 1")
         if self.n_embd % self.n_head != 0:
-            raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
+            raise ValueError(f"n_embd={self.n_embd}, but it must be a multiple of n_head={self.n_head}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout}, but it must be at least 0 and below 1")
         if self.activation_function not in ACTIVATIONS:
-            raise ValueError(f"activation_function={self.activation_function!r}, but it must be one of {ACTIVATIONS}")
+            allowed = ", ".join(ACTIVATIONS)
+            raise ValueError(f"activation_function={self.activation_function}, but it must be one of {allowed}")
 
 
 NanoGPTConfig.register_for_auto_class()

@@ -1,8 +1,8 @@
-"""nanoGPT's checkpoints, this model and GPT-2: pure maps of configurations and weights, both directions side by side.
+"""nanoGPT's checkpoints, this model and GPT-2: maps of configurations and weights, both directions side by side.
 
-All three are one network, and nanoGPT's parameter names are ours. GPT-2 in transformers stores the four matrices of a
-block transposed (Conv1D), always has biases, and leaves `transformer.` out of the names of a bare model; old files of
-both hold their causal masks as buffers. Every map returns new dictionaries and leaves its arguments as they are.
+All three are the same network, and this model has nanoGPT's parameter names. GPT-2 in transformers stores the four
+matrices of a block transposed (Conv1D), always has biases, and leaves `transformer.` out of the names of a bare model.
+Old files of both also hold causal masks. Every map returns a new dictionary and does not change its arguments.
 """
 
 import torch
@@ -13,10 +13,10 @@ from .configuration_nanogpt import ACTIVATIONS, NanoGPTConfig
 StateDict = dict[str, torch.Tensor]
 
 WRAPPERS = ("module.", "_orig_mod.")  # what DDP and torch.compile put in front of names
-BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks; the bias of c_attn is another thing
+BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks, unlike `.attn.c_attn.bias`
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 BIASED = ("c_attn", "c_proj", "c_fc", "ln_1", "ln_2", "ln_f")
-SHAPE = ("vocab_size", "n_layer", "n_head", "n_embd")  # what all three call the same
+SHAPE = ("vocab_size", "n_layer", "n_head", "n_embd")  # fields with one name in all three
 SHARED = ("layer_norm_epsilon", "initializer_range", "tie_word_embeddings", "bos_token_id", "eos_token_id")
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -24,29 +24,36 @@ SHARED = ("layer_norm_epsilon", "initializer_range", "tie_word_embeddings", "bos
 
 
 def config_from_nanogpt(model_args: dict) -> NanoGPTConfig:
-    """The configuration of a nanoGPT model, which has the exact GELU and one dropout for all places."""
+    """The configuration of a nanoGPT model, which has the exact GELU, and one dropout for everything."""
     shape = {key: model_args[key] for key in (*SHAPE, "block_size", "bias")}
     return NanoGPTConfig(**shape, dropout=model_args.get("dropout", 0.0), activation_function="gelu")
 
 
 def config_to_nanogpt(config: NanoGPTConfig) -> dict:
-    """The `model_args` of a nanoGPT model; raises ValueError where nanoGPT has no such model."""
+    """The `model_args` of a nanoGPT model; raises ValueError if nanoGPT cannot compute this model."""
     if config.activation_function != "gelu":
-        raise ValueError(f"nanoGPT has the exact GELU alone, and this model has {config.activation_function}")
+        raise ValueError(
+            f"activation_function={config.activation_function}, but nanoGPT can only compute the exact GELU: convert "
+            "to gpt2 instead"
+        )
     if config.intermediate_size != 4 * config.n_embd:
-        raise ValueError(f"nanoGPT's MLP is 4 * n_embd wide, and this model's is {config.intermediate_size}")
+        raise ValueError(
+            f"intermediate_size={config.intermediate_size}, but in nanoGPT it is 4 * n_embd: convert to gpt2 instead"
+        )
     if not config.tie_word_embeddings:
-        raise ValueError("nanoGPT ties its head to the token embedding, and this model does not")
+        raise ValueError(
+            "tie_word_embeddings=False, but nanoGPT ties its head to the token embedding: convert to gpt2 instead"
+        )
     return {key: getattr(config, key) for key in (*SHAPE, "block_size", "bias", "dropout")}
 
 
 def weights_from_nanogpt(weights: StateDict) -> StateDict:
-    """Weights of ours: the names without what wrappers put in front of them, and without buffers."""
+    """This model's weights: the wrappers' prefixes and the masks are left out."""
     return {unwrap(name): tensor for name, tensor in weights.items() if not name.endswith(BUFFERS)}
 
 
 def weights_to_nanogpt(weights: StateDict) -> StateDict:
-    """Weights of nanoGPT, which saves the tied head under both of its names."""
+    """nanoGPT's weights: it saves the tied matrix under both of its names."""
     return weights | {"lm_head.weight": weights["transformer.wte.weight"]}
 
 
@@ -55,13 +62,18 @@ def weights_to_nanogpt(weights: StateDict) -> StateDict:
 
 
 def config_from_gpt2(config: GPT2Config) -> NanoGPTConfig:
-    """The configuration of a GPT-2; raises ValueError where it has what this model cannot compute."""
+    """The configuration of a GPT-2; raises ValueError if this model cannot compute that GPT-2."""
     if config.activation_function not in ACTIVATIONS:
-        raise ValueError(f"activation_function={config.activation_function} is none of {', '.join(ACTIVATIONS)}")
+        raise ValueError(
+            f"a GPT-2 with activation_function={config.activation_function} cannot be converted: the network here "
+            f"has {', '.join(ACTIVATIONS)}"
+        )
     plain = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
     for name, value in plain.items():
         if getattr(config, name) != value:
-            raise ValueError(f"{name}={getattr(config, name)} is not a plain GPT-2, which has {name}={value}")
+            raise ValueError(
+                f"a GPT-2 with {name}={getattr(config, name)} cannot be converted: the network here has {name}={value}"
+            )
     return NanoGPTConfig(
         **{key: getattr(config, key) for key in (*SHAPE, *SHARED)},
         block_size=config.n_positions,
@@ -73,7 +85,7 @@ def config_from_gpt2(config: GPT2Config) -> NanoGPTConfig:
 
 
 def config_to_gpt2(config: NanoGPTConfig, vocab_size: int) -> GPT2Config:
-    """The configuration of a stock GPT-2 with the first vocab_size tokens."""
+    """The configuration of a stock GPT-2 that keeps the first vocab_size tokens."""
     return GPT2Config(
         **{key: getattr(config, key) for key in (*SHAPE, *SHARED)} | {"vocab_size": vocab_size},
         n_positions=config.block_size,
@@ -87,7 +99,7 @@ def config_to_gpt2(config: NanoGPTConfig, vocab_size: int) -> GPT2Config:
 
 
 def weights_from_gpt2(weights: StateDict) -> StateDict:
-    """Weights of ours: four matrices a block transposed, `transformer.` in front, no buffers."""
+    """This model's weights: four matrices of each block transposed, `transformer.` in front, masks left out."""
     ours = {}
     for name, tensor in weights.items():
         if not name.endswith(BUFFERS):
@@ -97,7 +109,7 @@ def weights_from_gpt2(weights: StateDict) -> StateDict:
 
 
 def weights_to_gpt2(weights: StateDict, vocab_size: int) -> StateDict:
-    """Weights of a stock GPT-2: four matrices a block transposed, zero biases where there are none, fewer tokens."""
+    """A stock GPT-2's weights: four matrices of each block transposed, missing biases zero, the first tokens kept."""
     gpt2 = {}
     for name, tensor in weights.items():
         layer, _, kind = name.rpartition(".")
@@ -113,12 +125,13 @@ def weights_to_gpt2(weights: StateDict, vocab_size: int) -> StateDict:
 
 
 def crop_positions(weights: StateDict, block_size: int) -> StateDict:
-    """Weights of ours for a shorter context: the first block_size positions are as they were."""
+    """This model's weights for a shorter context: the first block_size positions."""
     return weights | {"transformer.wpe.weight": weights["transformer.wpe.weight"][:block_size].contiguous()}
 
 
 def unwrap(name: str) -> str:
-    """A parameter's name without what wrappers, in any order, put in front of it."""
+    """A parameter's name without the prefixes that wrappers put in front of it, in any order."""
     while name.startswith(WRAPPERS):
-        name = name[len(next(wrapper for wrapper in WRAPPERS if name.startswith(wrapper))) :]
+        for wrapper in WRAPPERS:
+            name = name.removeprefix(wrapper)
     return name

@@ -111,7 +111,6 @@ def choose_tokenizer(source: Source, name: str | None, revision: str | None) -> 
             f"{place} has {len(tokenizer)} tokens, but {source.name} was trained on {source.config.vocab_size} at "
             "most: name its own tokenizer by --tokenizer"
         )
-    tokenizer.model_max_length = source.config.block_size
     return tokenizer
 
 

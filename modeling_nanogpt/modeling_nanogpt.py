@@ -1,8 +1,8 @@
 """The GPT: token and position embeddings, pre-norm blocks of attention and MLP, and a language-model head.
 
-The network and its parameter names are nanoGPT's (GPT-2's, with nn.Linear); everything around it is what transformers
-expects of a causal language model. This file and the configuration travel with every checkpoint, so it imports torch,
-transformers and the configuration, nothing else.
+The network and its parameter names are nanoGPT's (GPT-2's, with nn.Linear). Everything around the network is what
+transformers expects of a causal language model. This file and the configuration travel with every checkpoint, so this
+file imports torch, transformers and the configuration, and nothing else.
 
 Shapes: B sequences, T tokens, C = n_embd, H heads of D = C / H, V = vocab_size, S = cached tokens + T.
 """
@@ -27,15 +27,15 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_nanogpt import NanoGPTConfig
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The versions of transformers. Release 5.24 renamed the argument and output `past_key_values` to `cache`. This section
-# and the two uses of CACHE below are all that knows about it. Once no older release is supported: delete the section,
-# and write `cache` for the keyword.
+# The versions of transformers. Release 5.24 renamed the argument and output `past_key_values` to `cache`. Only this
+# section and the uses of CACHE below depend on that. Once no older release is supported, delete the section, and write
+# `cache` for the keyword.
 
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 def resolve_cache(cache, past_key_values, kwargs: dict) -> tuple[Cache | None, dict]:
-    """The key/value cache of a call, which comes by either name, and the keyword arguments for the attention function.
+    """The key/value cache of a call, given by either name, and the keyword arguments for the attention function.
 
     Raises ValueError if both names are given, for a cache in the tuple format of transformers 4, and for a cache or a
     mask under a name that this model does not know: ignoring such an argument would give wrong text in silence.
@@ -64,8 +64,8 @@ def resolve_cache(cache, past_key_values, kwargs: dict) -> tuple[Cache | None, d
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
     """Attention spelled out; the other implementations (sdpa, flash, flex) come from transformers.
 
-    query (B, H, T, D), key and value (B, H, S, D), attention_mask (B, 1, T, S) float, added to the scores, or None.
-    Returns the output (B, T, H, D) and the attention weights (B, H, T, S). Softmax is in float32.
+    query (B, H, T, D), key and value (B, H, S, D); attention_mask (B, 1, T, S) float is added to the scores, or None.
+    Returns the output (B, T, H, D) and the attention weights (B, H, T, S). The softmax is computed in float32.
     """
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling  # (B, H, T, S)
     if attention_mask is not None:
@@ -104,7 +104,7 @@ class NanoGPTAttention(nn.Module):
         )  # (B, H, T, D) each
         cache = kwargs.pop(CACHE, None)
         if cache is not None:
-            # a paged cache also puts what the attention function needs into kwargs
+            # a paged cache also adds to kwargs, which the attention function gets
             key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)  # (B, H, S, D)
 
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -155,30 +155,33 @@ class NanoGPTBlock(GradientCheckpointingLayer):
 
 
 class NanoGPTPreTrainedModel(PreTrainedModel):
+    """What transformers has to know about both models, and how weights start."""
+
     config: NanoGPTConfig
-    base_model_prefix = "transformer"
-    _input_embed_layer = "wte"
-    _no_split_modules = ["NanoGPTBlock"]
-    _skip_keys_device_placement = ["cache", "past_key_values"]
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
-    _can_record_outputs = {"hidden_states": NanoGPTBlock, "attentions": NanoGPTAttention}
+    base_model_prefix = "transformer"  # the attribute that holds NanoGPTModel, and the prefix of its weights' names
+    _input_embed_layer = "wte"  # the attribute that get_input_embeddings returns
+    _no_split_modules = ["NanoGPTBlock"]  # device_map and FSDP keep each block whole
+    _skip_keys_device_placement = ["cache", "past_key_values"]  # device_map leaves the cache on the layers' devices
+    supports_gradient_checkpointing = True  # each block is a GradientCheckpointingLayer
+    _supports_sdpa = True  # these four allow attn_implementation to be sdpa,
+    _supports_flash_attn = True  # flash_attention_2 and its successors,
+    _supports_flex_attn = True  # flex_attention,
+    _supports_attention_backend = True  # or a function that the caller registers, as vLLM does
+    _can_compile_fullgraph = True  # torch.compile traces forward as a single graph
+    _can_record_outputs = {"hidden_states": NanoGPTBlock, "attentions": NanoGPTAttention}  # see capture_outputs
 
     @torch.no_grad()
     def _init_weights(self, module):
         # Matrices are drawn from N(0, 0.02), biases are zero, norms are one. The projections back into the residual
         # stream are smaller, so that 2 * n_layer of them add up to the same size (GPT-2 paper, section 2.3). The mark
-        # sits on the leaf because transformers visits only modules that own a parameter.
+        # is on the nn.Linear itself: in custom code, such as this file, transformers skips a module that owns no
+        # parameter, so a test for NanoGPTAttention and NanoGPTMLP, as in its own GPT-2, would never be true.
         super()._init_weights(module)
         if getattr(module, "is_residual_projection", False):
             init.normal_(module.weight, std=self.config.initializer_range / math.sqrt(2 * self.config.n_layer))
 
     def save_pretrained(self, save_directory, **kwargs):
-        """As in transformers; config.json names both auto classes, whichever of the two is saved."""
+        """As in transformers. config.json names the classes of both models, whichever of the two is saved."""
         auto_map = getattr(self.config, "auto_map", None) or {}
         self.config.auto_map = auto_map | {
             "AutoModel": "modeling_nanogpt.NanoGPTModel",
@@ -200,8 +203,8 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    @merge_with_config_defaults
-    @capture_outputs
+    @merge_with_config_defaults  # an argument left at None, as use_cache, comes from the configuration
+    @capture_outputs  # with output_hidden_states or output_attentions, hooks add what each block computes
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -218,7 +221,7 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
         input_ids (B, T) int64, or inputs_embeds (B, T, C) instead; attention_mask (B, S), 1 for a token and 0 for
         padding; position_ids (B, T), by default counted on from the cache. Left-padded input needs position_ids that
         start at its first real token; `generate` makes them. Returns last_hidden_state (B, T, C).
-        Raises ValueError where a position lies beyond block_size.
+        Raises ValueError if a position lies beyond block_size.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -282,10 +285,12 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
 
 
 def select_positions(hidden_states: torch.Tensor, positions: int | torch.Tensor) -> torch.Tensor:
-    """The hidden states (B, T, C) whose logits are wanted, in the forms that transformers' callers use.
+    """The hidden states (B, T, C) at the positions whose logits are wanted, in the forms that transformers allows.
 
-    An int is that many last positions, 0 being all (B, N, C); a tensor (N,) the same positions in every row; a tensor
-    (B, N) of integers positions row by row; a tensor (B, T) of booleans the true ones, flattened to (N, C).
+    An int N means the last N positions, and 0 means all of them. A tensor (N,) means the same positions in every row,
+    an integer tensor (B, N) the positions of each row. These return (B, N, C). A boolean tensor (B, T) means the
+    positions that are true, and returns (N, C). This is transformers' slice_logits_to_keep, which 5.17 does not have:
+    keep this copy until the floor has slice_logits_to_keep.
     """
     if isinstance(positions, int):
         return hidden_states[:, -positions:, :]
@@ -297,11 +302,28 @@ def select_positions(hidden_states: torch.Tensor, positions: int | torch.Tensor)
 
 
 class NanoGPTForCausalLM(NanoGPTPreTrainedModel, GenerationMixin):
-    """The GPT with its language-model head, tied to the token embedding unless the configuration says otherwise."""
+    """The GPT with its language-model head, tied to the token embedding unless the configuration says otherwise.
 
-    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
-    _tp_plan = {"lm_head": "colwise_gather_output"}
-    _fsdp_plan = {"lm_head": "keep_full_weight"}
+    The weights, their shapes, and how they start, with C = n_embd, V = vocab_size and s = initializer_range:
+
+        transformer.wte.weight              (V, C)                      N(0, s)
+        transformer.wpe.weight              (block_size, C)             N(0, s)
+        transformer.h.*.ln_1.weight         (C)                         1
+        transformer.h.*.attn.c_attn.weight  (3 C, C)                    N(0, s)  queries, keys, values
+        transformer.h.*.attn.c_proj.weight  (C, C)                      N(0, s / sqrt(2 n_layer))
+        transformer.h.*.ln_2.weight         (C)                         1
+        transformer.h.*.mlp.c_fc.weight     (intermediate_size, C)      N(0, s)
+        transformer.h.*.mlp.c_proj.weight   (C, intermediate_size)      N(0, s / sqrt(2 n_layer))
+        transformer.ln_f.weight             (C)                         1
+        lm_head.weight                      (V, C)                      the same tensor as wte, unless untied: N(0, s)
+
+    With bias=True, every `weight` of the blocks and of ln_f has a `bias` beside it, as long as the first dimension of
+    the weight and 0 at the start.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # the first is the second, and is not saved
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # tensor parallelism: each process computes a part of the logits
+    _fsdp_plan = {"lm_head": "keep_full_weight"}  # FSDP: the head stays gathered between forward and backward
 
     def __init__(self, config: NanoGPTConfig):
         super().__init__(config)
@@ -309,7 +331,7 @@ class NanoGPTForCausalLM(NanoGPTPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.post_init()
 
-    @can_return_tuple
+    @can_return_tuple  # with return_dict=False, the caller gets a tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -326,13 +348,15 @@ class NanoGPTForCausalLM(NanoGPTPreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Next-token logits (B, T, V) and, with labels, the mean cross-entropy in nats.
 
-        labels (B, T) int64 are the inputs themselves, shifted here; shift_labels (B, T) int64 are already the next
-        tokens, so that a window of T + 1 tokens yields T targets. Either way -100 is ignored, and `num_items_in_batch`
-        divides the sum in place of the number of targets, which makes accumulated micro-batches exact.
-        skip_logits returns the loss alone: a training step holds no second copy of (B, T, V).
-        logits_to_keep computes only some of the positions, see select_positions.
+        labels (B, T) int64 are the inputs themselves, and are shifted here. shift_labels (B, T) int64 are the next
+        tokens already, so that a window of T + 1 tokens has T targets. Either way a label of -100 does not count. The
+        sum of the losses is divided by `num_items_in_batch` if that is given, and by the number of targets if not:
+        this makes accumulated micro-batches exact. With skip_logits the caller gets the loss alone, and a training
+        step does not hold a second copy of (B, T, V). logits_to_keep names the positions to compute logits for, see
+        select_positions.
         """
-        # Not in the signature: Trainer would take it for a label, and evaluate no loss where the input has none of it.
+        # shift_labels is not in the signature: Trainer would take it for a label, and would not evaluate a loss if the
+        # input has `labels` alone.
         shift_labels = kwargs.pop("shift_labels", None)
         outputs: BaseModelOutputWithPast = self.transformer(
             input_ids=input_ids,

@@ -3,14 +3,15 @@
 import functools
 import math
 from collections import defaultdict
+from collections.abc import Iterable
 
 import torch
 from torch import nn
 from torch.optim.adamw import adamw
 
-# One (a, b, c) for each iteration: the quintic nearest to 1 where the one before has put the singular values (and one
-# per cent above, for rounding), as in Amsel et al., "The Polar Express" (2505.16932). Those between 0.002 and 1 end
-# within 0.34 of 1.
+# One (a, b, c) for each iteration: the quintic nearest to 1 over the range to which the previous iteration maps the
+# singular values (one per cent wider, for rounding), as in Amsel et al., "The Polar Express" (2505.16932). A singular
+# value between 0.002 and 1 ends within 0.34 of 1.
 COEFFICIENTS = (
     (8.3442, -24.2061, 17.5975),
     (4.0744, -2.9722, 0.5476),
@@ -21,7 +22,7 @@ COEFFICIENTS = (
 
 @functools.cache
 def arithmetic_dtype(device: torch.device) -> torch.dtype:
-    """What the products are computed in: bfloat16 is enough, but slow where it is not in the hardware."""
+    """The dtype of the matrix products: bfloat16 is precise enough, but slow on hardware that only emulates it."""
     if device.type == "cpu":
         cpu = torch.cpu.get_capabilities()
         fast = cpu.get("avx512_bf16") or cpu.get("amx_bf16") or cpu.get("bf16")
@@ -31,11 +32,11 @@ def arithmetic_dtype(device: torch.device) -> torch.dtype:
 
 
 def orthogonalize(matrices: torch.Tensor, coefficients: tuple[tuple[float, float, float], ...]) -> torch.Tensor:
-    """About U V^T for each matrix U S V^T of a batch (N, R, C), R <= C: the same step in all its directions.
+    """About U V^T for each matrix U S V^T of a batch (N, R, C), R <= C: a step of one size in every direction.
 
-    Newton-Schulz iterations X <- a X + (b A + c A^2) X with A = X X^T act on the singular values alone, and are
-    products alone: each runs over the whole batch at once. They start at X / |X|, Frobenius's norm, where no singular
-    value is above 1. Jordan et al., "Muon: An optimizer for hidden layers in neural networks"
+    A Newton-Schulz iteration X <- a X + (b A + c A^2) X with A = X X^T changes only the singular values. It consists
+    of matrix products, so it runs over the whole batch at once. The first X is divided by its Frobenius norm, so that
+    no singular value is above 1. Jordan et al., "Muon: An optimizer for hidden layers in neural networks"
     (kellerjordan.github.io/posts/muon).
     """
     x = matrices / matrices.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
@@ -47,22 +48,29 @@ def orthogonalize(matrices: torch.Tensor, coefficients: tuple[tuple[float, float
 
 
 def as_matrices(weight: torch.Tensor, parts: int) -> torch.Tensor:
-    """A view of a weight as the matrices that it holds one above the other, each lying: (parts, R, C), R <= C."""
+    """A view (parts, R, C) of the matrices that a weight stacks. Tall matrices are transposed, so that R <= C."""
     matrices = weight.unflatten(0, (parts, -1))
     return matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
 
 
-class Muon(torch.optim.Optimizer):
-    """Muon for the groups whose `parts` is not 0, AdamW for the others; decay is decoupled in both.
+def gradients_of(params: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """The gradients of parameters that all have one."""
+    return [p.grad for p in params if p.grad is not None]
 
-    With momentum m and M <- m M + (1 - m) G, a matrix (rows, columns) takes, at the learning rate lr, the step
+
+class Muon(torch.optim.Optimizer):
+    """Muon for the groups whose `parts` is not 0, and AdamW for the others. Both decouple weight decay.
+
+    With momentum m, gradient G and M <- m M + (1 - m) G, the step of a matrix W (rows, columns) is torch.optim.Muon's:
 
         W <- (1 - lr decay) W - lr sqrt(max(1, rows / columns)) orthogonalize(m M + (1 - m) G)
 
-    as torch.optim.Muon does; lr is the group's times its `rate`. One optimizer rather than one of each: a gradient
-    scaler would unscale and skip each by itself. As in fused AdamW, a tensor `found_inf` of 1.0 makes a step one that
-    changes nothing, and the host need not wait to know. Weights cut up among processes (DTensor) are refused with a
-    ValueError.
+    Here lr is the group's learning rate times its `rate`.
+
+    This is one optimizer, because a gradient scaler treats each optimizer apart: with two, it could skip the step of
+    one and not of the other. As in fused AdamW, the attribute `found_inf`, a tensor that is 1.0 or 0.0, turns a step
+    into one that changes nothing, and the host does not wait for the device to know. The matrices must be whole:
+    see check_optimizer.
     """
 
     def __init__(
@@ -73,13 +81,10 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """Update every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        """Update every parameter that has a gradient. `closure` is there because callers pass None."""
+        assert closure is None
         skip = getattr(self, "found_inf", None)  # () 1.0 or 0.0, on the device
-        batches = defaultdict(list)  # matrices of one shape, whichever weights they are of
+        batches = defaultdict(list)  # shape -> matrices of this shape, from any weight
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not group["parts"]:
@@ -89,31 +94,34 @@ class Muon(torch.optim.Optimizer):
                 matrices = as_matrices(update, group["parts"])
                 batches[matrices.shape[1:]].append((p, matrices, group))
         for batch in batches.values():
-            self._step_matrices(*zip(*batch, strict=True), skip)
-        return loss
+            params, updates, groups = zip(*batch, strict=True)
+            self._step_matrices(params, updates, groups, skip)
 
-    def _momentum(self, params: list[nn.Parameter], momentum: float, skip: torch.Tensor | None) -> list[torch.Tensor]:
-        """Take the gradients into the momenta; returns Nesterov's look ahead, of the shapes of the parameters."""
+    def _momentum(
+        self, params: list[nn.Parameter], momentum: float, skip: torch.Tensor | None
+    ) -> tuple[torch.Tensor, ...]:
+        """Blend the gradients into the momenta. Returns Nesterov's look-ahead, in the shapes of the parameters."""
         for p in params:
             if not self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
         if not params:
-            return []
-        gradients, momenta = [p.grad for p in params], [self.state[p]["momentum"] for p in params]
+            return ()
+        gradients = gradients_of(params)
+        momenta = [self.state[p]["momentum"] for p in params]
         if skip is None:
             torch._foreach_lerp_(momenta, gradients, 1 - momentum)
-        else:  # weighed with zero where the step is to change nothing, which nan would survive
+        else:  # a skipped step multiplies the gradients by 0, but nan * 0 is nan: so replace nan first
             gradients = [gradient.nan_to_num(0.0, 0.0, 0.0) for gradient in gradients]
             torch._foreach_lerp_(momenta, gradients, [(1 - skip) * (1 - momentum)] * len(momenta))
         return torch._foreach_lerp(gradients, momenta, momentum)
 
     def _step_matrices(self, params: list, updates: list, groups: list, skip: torch.Tensor | None) -> None:
-        """Orthogonalise the updates (parts, R, C) of weights together, and subtract them."""
+        """Orthogonalise the updates (parts, R, C) of several weights in one batch, and subtract them."""
         dtype = arithmetic_dtype(params[0].device)
         together = torch.cat([matrices.to(dtype) for matrices in updates])  # (N, R, C)
-        keep = 1.0
+        keep: torch.Tensor | float = 1.0
         if skip is not None:
-            keep = 1 - skip
+            keep = 1 - skip  # 0.0 leaves every weight as it is
             together.mul_(keep)
         steps = orthogonalize(together, COEFFICIENTS).split([len(matrices) for matrices in updates])
         for p, step, group in zip(params, steps, groups, strict=True):
@@ -122,14 +130,27 @@ class Muon(torch.optim.Optimizer):
             p.mul_(1 - rate * group["weight_decay"] * keep)
             as_matrices(p, group["parts"]).sub_(step, alpha=rate * math.sqrt(max(1, rows / columns)))
 
-    def _step_adamw(self, params: list[nn.Parameter], group: dict, skip: torch.Tensor | None) -> None:
+    def _step_adamw(self, params: list[torch.Tensor], group: dict, skip: torch.Tensor | None) -> None:
         for p in params:
             if not self.state[p]:
                 self.state[p]["step"] = torch.zeros((), device=p.device if group["fused"] else "cpu")
-                self.state[p]["exp_avg"], self.state[p]["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-        gradients = [p.grad for p in params]
-        means, squares, steps = ([self.state[p][key] for p in params] for key in ("exp_avg", "exp_avg_sq", "step"))
+                self.state[p]["exp_avg"] = torch.zeros_like(p)
+                self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
         beta1, beta2 = group["betas"]
-        options = {key: group[key] for key in ("weight_decay", "eps", "fused")} | {"lr": group["lr"] * group["rate"]}
-        options |= {"beta1": beta1, "beta2": beta2, "amsgrad": False, "maximize": False, "found_inf": skip}
-        adamw(params, gradients, means, squares, [], steps, **options)
+        adamw(
+            params,
+            grads=gradients_of(params),
+            exp_avgs=[self.state[p]["exp_avg"] for p in params],
+            exp_avg_sqs=[self.state[p]["exp_avg_sq"] for p in params],
+            max_exp_avg_sqs=[],
+            state_steps=[self.state[p]["step"] for p in params],
+            lr=group["lr"] * group["rate"],
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            fused=group["fused"],
+            found_inf=skip,
+            amsgrad=False,
+            maximize=False,
+        )

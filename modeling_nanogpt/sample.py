@@ -53,7 +53,14 @@ if __name__ == "__main__":
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationMixin,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
 from transformers.utils import logging
 
 from . import registration  # noqa: F401  the auto classes know our model from here on
@@ -70,6 +77,7 @@ def continue_prompt(model: PreTrainedModel, ids: torch.Tensor, max_new_tokens: i
     slides changes every cached key. Beyond block_size, each token is therefore drawn from the last block_size tokens,
     computed anew, as in nanoGPT.
     """
+    assert isinstance(model, GenerationMixin)  # as every causal language model is
     block_size, eos = model.config.max_position_embeddings, model.generation_config.eos_token_id
     prompt_length = ids.shape[1]
     room = block_size - prompt_length
@@ -120,8 +128,9 @@ def main(arguments: argparse.Namespace) -> None:
         prompt = encode(tokenizer, arguments.prompt)  # (1, T)
     except ValueError as mistake:
         parser.error(str(mistake))
-    if torch.accelerator.is_available():
-        model.to(torch.accelerator.current_accelerator())
+    device = torch.accelerator.current_accelerator(check_available=True)
+    if device is not None:
+        model.to(device)  # type: ignore[arg-type]  # transformers wraps `to` in a way that mypy cannot follow
     set_seed(arguments.seed)
     prompts = prompt.expand(arguments.num_samples, -1).to(model.device)  # (B, T)
     sampling = {"do_sample": True, "temperature": arguments.temperature, "top_k": arguments.top_k}

@@ -7,7 +7,7 @@ import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -48,7 +48,10 @@ class Source:
     def model(self, config: NanoGPTConfig) -> NanoGPTForCausalLM:
         """The model in float32. `config` may differ from the source's in dropout, and in a smaller block_size."""
         weights = crop_positions(self.weights(), config.block_size)
-        return build_model(NanoGPTForCausalLM, config, weights, torch.float32)
+        try:
+            return build_model(NanoGPTForCausalLM, config, weights, torch.float32)
+        except ValueError as mistake:
+            raise ValueError(f"{self.name}: {mistake}") from None
 
 
 def open_source(name: str, revision: str | None = None) -> Source:
@@ -58,7 +61,7 @@ def open_source(name: str, revision: str | None = None) -> Source:
     """
     path = Path(name)
     if revision and path.exists():
-        raise ValueError(f"{name} is on this machine, but revision={revision} is for a Hub id: leave it out")
+        raise ValueError(f"{name} is on this machine, but revision={revision} is for a Hub id: leave out --revision")
     if path.is_dir() and (path / "ckpt.pt").is_file():
         path = path / "ckpt.pt"
     try:
@@ -73,16 +76,16 @@ def open_ckpt(name: str, path: Path) -> Source:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError:
         raise ValueError(
-            f"{path} is not a checkpoint: it holds more than weights, and code in it is not run"
+            f"{path} holds more than weights, and code in it is not run: give a ckpt.pt that nanoGPT saved"
         ) from None
     except (OSError, RuntimeError, EOFError, ValueError):
-        raise ValueError(f"{path} is not a checkpoint that nanoGPT saved") from None
+        raise ValueError(f"{path} cannot be read as a checkpoint: give a whole ckpt.pt that nanoGPT saved") from None
     if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
-        raise ValueError(f"{path} is not a checkpoint of nanoGPT: it has no model and model_args")
+        raise ValueError(f"{path} has no `model` and `model_args`: give a ckpt.pt that nanoGPT saved")
     try:
         config = config_from_nanogpt(checkpoint["model_args"])
     except KeyError as error:
-        raise ValueError(f"{path} is not a checkpoint of nanoGPT: its model_args have no {error}") from None
+        raise ValueError(f"{path} has no {error} in its `model_args`: give a ckpt.pt that nanoGPT saved") from None
     return Source(
         name=name,
         config=config,
@@ -96,7 +99,9 @@ def open_pretrained(name: str, revision: str | None) -> Source:
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{name} holds no model ({first_line(error)})") from None
+        raise ValueError(
+            f"{name} holds no model ({first_line(error)}): give a folder, a Hub id or nanoGPT's ckpt.pt"
+        ) from None
 
     def read_weights() -> StateDict:
         try:
@@ -144,28 +149,33 @@ def check_given(config: NanoGPTConfig, given: dict, source: str) -> None:
     for key, value in given.items():
         theirs = getattr(config, key)
         if value != theirs:
-            raise ValueError(f"{key}={value}, but init_from={source} has {key}={theirs}: leave out --{key}")
+            raise ValueError(f"{key}={value}, but init_from={source} has {key}={theirs}: leave it out")
 
 
 def build_model(model_class: type[Model], config: PreTrainedConfig, weights: StateDict, dtype: torch.dtype) -> Model:
     """A model with exactly these weights, in this dtype; raises ValueError if some are missing or left over."""
     try:
-        model, report = model_class.from_pretrained(
+        loaded: Any = model_class.from_pretrained(
             None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
         )
     except RuntimeError as error:  # tensors of another shape
-        raise ValueError(f"these weights do not fit the model ({first_line(error)})") from None
+        raise ValueError(
+            f"the weights do not fit the configuration ({first_line(error)}): fetch or save the model again"
+        ) from None
+    model, report = loaded  # transformers' annotation knows only the model
     wrong = {str(name) for kind in ("missing_keys", "unexpected_keys") for name in report[kind]}
     if wrong:
-        raise ValueError(f"these weights do not fit the model: {', '.join(sorted(wrong))}")
+        raise ValueError(
+            f"the weights do not fit the configuration ({', '.join(sorted(wrong))}): fetch or save the model again"
+        )
     return model
 
 
 def adopt_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Make a model and its tokenizer fit: where texts end, which ids there are, and how long a text may be.
 
-    The vocabulary may be padded beyond the tokenizer. A tokenizer without a token for beginning or padding has its
-    end-of-text token serve for them; one without an end-of-text token leaves all three unset.
+    The model's vocabulary may be padded beyond the tokenizer's. If the tokenizer has no token for the beginning of a
+    text or for padding, its end-of-text token serves for both.
     """
     end = tokenizer.eos_token_id
     for holder in (model.config, model.generation_config):

@@ -1,4 +1,4 @@
-"""How much arithmetic training costs, and how much of it the device could do: FLOPs per token, peak rates, MFU."""
+"""How much arithmetic training takes, and how much a device can do: FLOPs per token and peak FLOP/s, for the MFU."""
 
 import re
 
@@ -7,7 +7,7 @@ import torch
 from .configuration_nanogpt import NanoGPTConfig
 
 # Dense 16-bit tensor-core rates in FLOP/s with float32 accumulation, from NVIDIA's data sheets. The first name that is
-# found in the device's own counts, so the more specific stand first.
+# part of the device's own name counts, so "H100 PCIe" stands before "H100".
 PEAK_FLOPS = {
     "B200": 2250e12,
     "GH200": 989e12,
@@ -28,11 +28,13 @@ PEAK_FLOPS = {
 
 
 def flops_per_token(config: NanoGPTConfig) -> float:
-    """FLOPs of the forward and backward pass for one trained token, at a context of block_size.
+    """FLOPs of the forward and backward pass for one token, at a context of block_size tokens.
 
-    6 for each weight that multiplies (positions are only looked up) and 12 * n_layer * n_embd * block_size for
-    attention, the mask not discounted: PaLM's convention (Chowdhery et al. 2022, appendix B), which nanoGPT uses too.
+    This is PaLM's convention (Chowdhery et al. 2022, appendix B), which nanoGPT also follows: 6 for each weight of a
+    matrix product (positions are only looked up), and 12 * n_layer * n_embd * block_size for attention, as if there
+    were no causal mask.
     """
+    assert config.intermediate_size is not None  # a configuration without it sets its default
     attention = 4 * config.n_embd**2
     mlp = 2 * config.n_embd * config.intermediate_size
     weights = config.n_layer * (attention + mlp) + config.vocab_size * config.n_embd
@@ -40,8 +42,11 @@ def flops_per_token(config: NanoGPTConfig) -> float:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """The device's dense 16-bit FLOP/s, or None where it is not known, as for every CPU."""
+    """The device's dense 16-bit FLOP/s, or None if that is not known, as for every CPU."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for known, peak in PEAK_FLOPS.items() if re.search(rf"\b{known}\b", name)), None)
+    for known, peak in PEAK_FLOPS.items():
+        if re.search(rf"\b{known}\b", name):
+            return peak
+    return None

@@ -15,8 +15,8 @@ from support import ROOT
 ROOMS = ("modeling_nanogpt", "tokenization", "train_accelerate")
 FILES = [
     ROOT / "train_accelerate.py",
-    *sorted(ROOT.glob("modeling_nanogpt/*.py")),
-    *sorted(ROOT.glob("tokenization/*.py")),
+    *sorted(ROOT.glob("modeling_nanogpt/**/*.py")),
+    *sorted(ROOT.glob("tokenization/**/*.py")),
 ]
 TRAVELLERS = ("configuration_nanogpt.py", "modeling_nanogpt.py")
 
@@ -42,9 +42,20 @@ def imports_of(path):
 
 def rooms_used(path):
     """The rooms of the project that a file imports from."""
-    roots = {name.split(".")[0] for dots, name in imports_of(path) if dots == 0}
-    rooms = roots & {*ROOMS, "hub_configs", "tests", "support"}
-    return rooms | {path.parent.name if dots == 1 else "outside" for dots, _ in imports_of(path) if dots}
+    roots = {name.split(".")[0] for name in modules_used(path)}
+    return roots & {*ROOMS, "hub_configs", "tests", "support", "outside"}
+
+
+def modules_used(path):
+    """The modules that a file imports from, under their whole names. A relative import may lead "outside" of ROOT."""
+    package = path.relative_to(ROOT).parts[:-1]
+    for dots, name in imports_of(path):
+        if dots > len(package):
+            yield "outside"
+        elif dots:
+            yield ".".join((*package[: len(package) - dots + 1], name))
+        else:
+            yield name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -57,6 +68,17 @@ def test_a_room_imports_nothing_of_the_project_but_itself(room):
     assert len(paths) > 5
     for path in paths:
         assert rooms_used(path) <= {room}, path
+
+
+def test_the_model_knows_nothing_of_training_runs():
+    # what a run does around its loop stands on the model's files, and not the other way round
+    training = sorted((ROOT / "modeling_nanogpt" / "training").rglob("*.py"))
+    assert len(training) > 8 and any("modeling_nanogpt.sources" in modules_used(path) for path in training)
+    others = [path for path in FILES if "modeling_nanogpt" in path.parts and path not in training]
+    assert len(others) > 8
+    for path in others:
+        used = [module for module in modules_used(path) if "training" in module.split(".")]
+        assert used == [], path
 
 
 def test_the_trainer_stands_on_both_rooms():

@@ -57,7 +57,7 @@ def text_of(run):
 
 
 def make_examples(count=8, length=16, prompt_lengths=(0,)):
-    """Counting up from various numbers, easy to learn; the prompts, of various lengths, are no targets."""
+    """Counting up from various numbers, easy to learn; the prompts, of various lengths, are not targets."""
     examples = []
     for start in range(count):
         ids = (start + torch.arange(length)) % VOCAB
@@ -74,7 +74,7 @@ def make_trainer(model, folder, examples, **arguments):
 
 
 def lengths_fed(model, length=4, new=5):
-    """How many tokens go through the model at each step of a generation: one at a time where there is a cache."""
+    """How many tokens go through the model at each step of a generation: one at a time if there is a cache."""
     fed = []
     hook = model.transformer.h[0].register_forward_pre_hook(lambda module, args: fed.append(args[0].shape[1]))
     model.eval().generate(make_tokens(1, length), do_sample=False, max_new_tokens=new)
@@ -122,7 +122,9 @@ def test_continuous_batching_generates_what_generate_does():
     outputs = model.generate_batch(
         [prompt.tolist() for prompt in prompts],
         generation_config=GenerationConfig(do_sample=False, max_new_tokens=8, eos_token_id=-1, pad_token_id=0),
-        continuous_batching_config=ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=64),  # else most of memory
+        continuous_batching_config=ContinuousBatchingConfig(
+            num_blocks=4, max_batch_tokens=64
+        ),  # the default takes most of the memory
     )
     assert len(outputs) == len(prompts)
     for prompt, output in zip(prompts, outputs.values(), strict=True):
@@ -284,7 +286,7 @@ def test_trl_fine_tunes_on_packed_texts_and_saves_a_whole_model(sft, tmp_path):
     assert_close(loaded(x).logits, sft.trainer.model.eval()(x).logits)
 
 
-def test_trls_loss_of_packed_texts_is_that_of_each_text_alone(sft):
+def test_trls_loss_of_packed_texts_is_the_loss_of_each_text_alone(sft):
     total = targets = 0
     with torch.no_grad():
         for text in sft.texts:
@@ -344,7 +346,7 @@ def test_lm_eval_scores_a_local_task_as_one_does_by_hand(run, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # Export
 
-SHAPES = [(1, 1), (3, BLOCK), (5, 7)]  # none is that of the example
+SHAPES = [(1, 1), (3, BLOCK), (5, 7)]  # the example has another shape
 
 
 def test_torch_export_holds_for_any_batch_and_length():

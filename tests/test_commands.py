@@ -16,7 +16,7 @@ MODULES = {
 
 
 def python(*words, folder):
-    """Run Python in a folder. Returns the exit status, stdout, what stderr says, and the modules that were imported."""
+    """Run Python in a folder. Returns exit status, stdout, the lines of stderr, and the names of imported modules."""
     process = subprocess.run(
         [sys.executable, "-X", "importtime", *words],
         cwd=folder,
@@ -28,7 +28,6 @@ def python(*words, folder):
     lines = process.stderr.splitlines()
     imported = {line.split("|")[-1].strip() for line in lines if line.startswith("import time:")}
     said = [line for line in lines if not line.startswith("import time:")]
-    assert "argparse" in imported or process.returncode == 0
     return process.returncode, process.stdout, said, imported
 
 

@@ -124,7 +124,7 @@ def test_there_and_back_to_nanogpt_is_bit_exact(tmp_path, monkeypatch, tokenizer
     assert {"iter_num", "best_val_loss", "config"} <= back.keys()
 
 
-def test_the_optimizer_of_a_written_checkpoint_loads_where_nanogpt_loads_it(tmp_path, monkeypatch):
+def test_the_optimizer_of_a_written_checkpoint_loads_as_nanogpt_loads_it(tmp_path, monkeypatch):
     model = ours(bias=True)
     model.save_pretrained(tmp_path / "a")
     run_convert(monkeypatch, tmp_path / "a", tmp_path / "b", "--to", "ckpt")
@@ -192,8 +192,8 @@ def test_a_stock_gpt2_has_our_logits(tmp_path, monkeypatch, tokenizer, bias, act
     "forgotten", ["attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight"]
 )
 def test_each_of_the_four_matrices_is_transposed(monkeypatch, forgotten):
-    # the square one is the dangerous one: untransposed it loads without a word
-    model = gpt2(n_inner=32, n_embd=32)  # the MLP is square as well, so that nothing but the numbers can tell
+    # a square matrix is the dangerous one: it loads without a word if it is not transposed
+    model = gpt2(n_inner=32, n_embd=32)  # square matrices in the MLP as well: only the numbers can tell
     kept = tuple(name for name in conversion.TRANSPOSED if name != forgotten)
     config = conversion.config_from_gpt2(model.config)
     right = weights_from_gpt2(model.state_dict())
@@ -313,6 +313,21 @@ def test_ids_beyond_the_tokenizer_are_never_generated(tmp_path, monkeypatch, tok
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "b")
     assert model.generation_config.suppress_tokens == list(range(322, 384))
     assert model.config.eos_token_id == 321
+
+
+@pytest.mark.parametrize("to", ["nanogpt", "gpt2"])
+def test_the_end_of_text_serves_for_beginning_and_padding_if_the_tokenizer_has_neither(
+    tmp_path, monkeypatch, tokenizer, to
+):
+    bare = AutoTokenizer.from_pretrained(tokenizer)
+    bare.bos_token = bare.pad_token = None
+    bare.save_pretrained(tmp_path / "tokenizer")
+    ours().save_pretrained(tmp_path / "a")
+    run_convert(monkeypatch, tmp_path / "a", tmp_path / "b", "--to", to, "--tokenizer", tmp_path / "tokenizer")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "b")
+    for holder in (model.config, model.generation_config):
+        assert (holder.bos_token_id, holder.eos_token_id, holder.pad_token_id) == (321, 321, 321)
+    assert AutoTokenizer.from_pretrained(tmp_path / "b").model_max_length == 16
 
 
 # --- training from them ----------------------------------------------------------------------------------------------

@@ -112,7 +112,7 @@ def test_the_other_gelu_is_told_apart():
 
 
 def train_with_accelerate(model, batches, accumulation):
-    """The loop that users write: accumulate, backward, clip where the gradients are complete, step, zero."""
+    """The loop that users write: accumulate, backward, clip once the gradients are complete, step, zero."""
     accelerator = Accelerator(gradient_accumulation_steps=accumulation, cpu=True)
     parameters = list(model.parameters())
     groups = [

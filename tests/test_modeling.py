@@ -153,6 +153,25 @@ def test_model_has_no_buffers():
     assert list(make_model().buffers()) == []
 
 
+def test_the_docstring_lists_every_weight_with_its_shape_and_its_start():
+    torch.manual_seed(0)
+    shape = {"vocab_size": 512, "block_size": 96, "n_layer": 2, "n_head": 4, "n_embd": 128, "intermediate_size": 320}
+    config = NanoGPTConfig(**shape, tie_word_embeddings=False)
+    model = NanoGPTForCausalLM(config)
+    sizes = {"V": config.vocab_size, "C": config.n_embd, "3 C": 3 * config.n_embd}
+    sizes |= {name: getattr(config, name) for name in ("block_size", "intermediate_size")}
+    stds = {"N(0, s)": config.initializer_range, "1": 0.0}
+    stds |= {"N(0, s / sqrt(2 n_layer))": config.initializer_range / math.sqrt(2 * config.n_layer)}
+    rows = re.findall(r"^ {8}(\S+\.weight) +\((.+?)\) +(.+)$", NanoGPTForCausalLM.__doc__, re.M)
+    weights = model.state_dict()
+    assert {name for name, _, _ in rows} == {re.sub(r"\.h\.\d+\.", ".h.*.", name) for name in weights}
+    for name, shape, start in rows:
+        weight = weights[name.replace("*", "1")]
+        assert list(weight.shape) == [sizes[size] for size in shape.split(", ")], name
+        (std,) = {std for words, std in stds.items() if words in start}
+        assert weight.std().item() == pytest.approx(std, rel=0.05), name
+
+
 # --- tied weights ----------------------------------------------------------------------------------------------------
 
 
@@ -354,7 +373,7 @@ def test_gradients_are_finite_at_any_length(length):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_gradients_are_finite_where_a_whole_row_is_padding(attention):
+def test_gradients_are_finite_if_a_whole_row_is_padding(attention):
     model = make_model(attention=attention).train()
     ids, mask, positions = left_pad([make_tokens(12), make_tokens(3, seed=2)])
     labels = ids.masked_fill(mask == 0, -100)
@@ -525,7 +544,7 @@ def test_minus_100_is_no_target():
     kept = y != -100
     expected = F.cross_entropy(model(x).logits[kept], y[kept])
     assert_close(model(x, shift_labels=y).loss, expected)
-    labels = F.pad(y[:, :-1], (1, 0))  # the same targets, but for each row's last, in the form that is shifted inside
+    labels = F.pad(y[:, :-1], (1, 0))  # the same targets without the last of each row; the model shifts them
     expected = F.cross_entropy(model(x).logits[:, :-1][kept[:, :-1]], y[:, :-1][kept[:, :-1]])
     assert_close(model(x, labels=labels).loss, expected)
 
@@ -578,7 +597,7 @@ def test_loss_of_a_half_precision_model_is_computed_in_float32():
 @pytest.mark.parametrize("attention", ["sdpa", "eager", "flex_attention"])
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile", "ignore:_compile flag")
 def test_packed_documents_do_not_see_each_other(attention):
-    # Together the documents are longer than block_size; no one of them is.
+    # Together the documents are longer than block_size; none of them alone is.
     model = make_model(attention=attention)
     rows = [[make_tokens(n, seed=n) for n in lengths] for lengths in ((20, 5, 11), (2, 30, 4))]
     packed = torch.stack([torch.cat(documents) for documents in rows])

@@ -64,14 +64,16 @@ def test_the_coefficients_do_what_their_comment_says():
     assert (s - 1).abs().max() < 0.34
 
 
-def test_a_zero_gradient_is_no_nan():
+def test_a_zero_gradient_does_not_become_nan():
     assert not muon.orthogonalize(torch.zeros(2, 3, 4), muon.COEFFICIENTS).any()
 
 
 @pytest.mark.parametrize("momentum", [0.9, 0.95])
 def test_it_takes_the_steps_of_torchs_muon(monkeypatch, momentum):
     monkeypatch.setattr(muon, "COEFFICIENTS", JORDAN)
-    monkeypatch.setattr(muon, "arithmetic_dtype", lambda device: torch.bfloat16)  # as there, on any device
+    monkeypatch.setattr(
+        muon, "arithmetic_dtype", lambda device: torch.bfloat16
+    )  # as torch.optim.Muon does, on any device
     torch.manual_seed(0)
     ours = [torch.nn.Parameter(0.02 * torch.randn(shape)) for shape in SHAPES]
     theirs = copy.deepcopy(ours)
@@ -117,7 +119,7 @@ def test_all_but_the_blocks_matrices_take_adamws_steps():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Who is in which group
+# Which weights are in which group
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -191,7 +193,7 @@ def test_a_gradient_scaler_unscales_once_and_skips_an_overflow(clipped):
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
-def test_a_step_found_infinite_changes_nothing(broken):
+def test_a_step_with_an_infinite_gradient_changes_nothing(broken):
     model = tiny_model()
     optimizer = make("muon", model, 1e-2, weight_decay=0.1)
     random_gradients(model)
@@ -205,7 +207,7 @@ def test_a_step_found_infinite_changes_nothing(broken):
     torch.testing.assert_close([model.state_dict(), optimizer.state_dict()["state"]], before, atol=0, rtol=0)
 
 
-def test_a_step_found_finite_is_the_usual_one():
+def test_a_step_with_finite_gradients_is_the_usual_one():
     model, reference = tiny_model(), tiny_model()
     optimizer, plain = make("muon", model, 1e-2, weight_decay=0.1), make("muon", reference, 1e-2, weight_decay=0.1)
     optimizer.found_inf = torch.zeros(())

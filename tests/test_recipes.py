@@ -10,6 +10,7 @@ import yaml
 
 from modeling_nanogpt import NanoGPTForCausalLM
 from modeling_nanogpt.sources import choose_config
+from modeling_nanogpt.training.starting import given_shape
 from support import ROOT
 from train_accelerate import RECIPES, DataArguments, ModelArguments, RunArguments, parse_arguments
 
@@ -51,7 +52,7 @@ def number_of(words):
 def build_model(name):
     """The model of a recipe without its weights, the vocabulary being what the trainer makes it."""
     model_args, data_args, _ = parse_arguments([str(shipped(name))])
-    config = choose_config(model_args.shape(), None)
+    config = choose_config(given_shape(vars(model_args)), None)
     tokens = {"bpe": data_args.vocab_size, "gpt2": 50_257, "char": SHAKESPEARE_CHARACTERS + 256 + 1}[
         data_args.tokenizer
     ]

@@ -91,7 +91,7 @@ def make_tokenizer():
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
-    """A model and its tokenizer in a folder whose name is no module name, and what they say about a text."""
+    """A model and its tokenizer in a folder whose name is not a module name, and what they say about a text."""
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
     config = NanoGPTConfig(
@@ -191,7 +191,7 @@ def test_what_another_process_saves_holds_code_and_every_auto_class(original, vi
 
 
 @pytest.mark.parametrize("trust", [False, True])
-def test_where_the_project_is_imported_its_own_classes_load_the_folder(original, trust):
+def test_if_the_project_is_imported_its_own_classes_load_the_folder(original, trust):
     folder = original.folder
     assert type(AutoConfig.from_pretrained(folder, trust_remote_code=trust)) is NanoGPTConfig
     assert type(AutoModel.from_pretrained(folder, trust_remote_code=trust)) is NanoGPTModel
@@ -205,7 +205,7 @@ def test_where_the_project_is_imported_its_own_classes_load_the_folder(original,
 
 @pytest.mark.parametrize("name", ["configuration_nanogpt.py", "modeling_nanogpt.py"])
 def test_copied_files_import_only_torch_transformers_and_each_other(name):
-    # Whatever else they imported would be demanded of everyone who loads a folder, or not be found there.
+    # Everyone who loads a folder would have to install whatever else they import.
     allowed = {"torch", "transformers", "huggingface_hub", "math", "collections"}
     source = (Path(modeling_nanogpt.__file__).parent / name).read_text()
     for node in ast.walk(ast.parse(source)):

@@ -24,7 +24,7 @@ LENGTHS = [(1, 3), (1, 7), (1, 8), (3, 20), (7, 1), (7, 2), (8, 1), (8, 9), (9, 
 
 @pytest.fixture(scope="module")
 def model():
-    """Weights so large that no two tokens are nearly as likely, and no end of text."""
+    """Weights so large that two tokens are never nearly as likely; the model has no end-of-text token."""
     torch.manual_seed(0)
     config = NanoGPTConfig(
         vocab_size=VOCABULARY, block_size=BLOCK, n_layer=2, n_head=2, n_embd=32, initializer_range=0.5
@@ -138,7 +138,7 @@ def test_ids_that_no_text_becomes_are_never_drawn(run):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Where a text ends
+# How a text ends
 
 
 def counting_model(last):
@@ -312,7 +312,7 @@ def test_help_names_every_flag(say, capsys):
         (["--prompt", "FILE:."], ["--prompt", "directory"]),
         (["--prompt", "FILE:latin.txt"], ["--prompt", "latin.txt", "UTF-8", "byte 3"]),
         (["--prompt", "FILE:empty.txt"], ["--prompt", "empty"]),
-        (["--prompt", "caf\udce9"], ["--prompt"]),  # how Python passes a byte that is no UTF-8
+        (["--prompt", "caf\udce9"], ["--prompt"]),  # how Python passes a byte that is not UTF-8
         (["--promt", "x"], ["--promt"]),
         (["--num", "3"], ["--num"]),  # no abbreviations
         (["second"], ["second"]),
@@ -327,12 +327,12 @@ def test_a_mistake_in_the_flags_is_one_line(run, refusal, tmp_path, monkeypatch,
     assert all(part in message for part in said)
 
 
-def test_a_model_has_to_be_named(refusal):
+def test_a_model_must_be_named(refusal):
     assert "MODEL" in refusal()
 
 
 @pytest.mark.parametrize("name", ["missing", "no/where", "no/such/folder", "empty-folder", "text.txt"])
-def test_a_name_that_is_no_model_is_one_line(refusal, tmp_path, monkeypatch, name):
+def test_a_name_that_is_not_a_model_is_one_line(refusal, tmp_path, monkeypatch, name):
     (tmp_path / "empty-folder").mkdir()
     (tmp_path / "text.txt").write_text("to be")
     monkeypatch.chdir(tmp_path)

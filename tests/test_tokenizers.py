@@ -8,17 +8,19 @@ from pathlib import Path
 
 import pytest
 import regex
-import tiktoken
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from support.needs import needs_gpt2
 from support.texts import END, HARD_TEXTS, TEXT, random_texts
-from tokenization import encoding
-from tokenization.bpe import train_bpe_tokenizer
-from tokenization.char import read_char_tokenizer, train_char_tokenizer
-from tokenization.gpt2 import make_gpt2_tokenizer
-from tokenization.loading import same_tokenizer
+from tokenization import encoders
+from tokenization.vocabularies import (
+    make_gpt2_tokenizer,
+    read_char_tokenizer,
+    same_tokenizer,
+    train_bpe_tokenizer,
+    train_char_tokenizer,
+)
 
 BPE_SIZE = 600
 
@@ -235,8 +237,7 @@ except ModuleNotFoundError:
     pass
 else:
     raise SystemExit("the project is not blocked")
-from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
 texts = json.loads(sys.stdin.read())
 loaded = {mode: AutoTokenizer.from_pretrained(mode) for mode in ("char", "bpe")}
@@ -317,16 +318,6 @@ def test_gpt2_is_an_ordinary_tokenizer_that_loses_nothing(tmp_path):
         assert tokenizer.decode(encode(tokenizer, text)) == text
 
 
-def test_without_a_network_gpt2_names_the_way_out(tmp_path, monkeypatch):
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
-    for name in ("http_proxy", "https_proxy", "HTTPS_PROXY", "HTTP_PROXY"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nothing listens there
-    with pytest.raises(ValueError, match="tokenizer=gpt2: .*TIKTOKEN_CACHE_DIR") as raised:
-        make_gpt2_tokenizer()
-    assert "\n" not in str(raised.value)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The same or not
 
@@ -343,10 +334,10 @@ def test_two_tokenizers_are_the_same_where_they_give_the_same_ids(tokenizers):
 
     bpe, smaller = tokenizers["bpe"], train_bpe_tokenizer([TEXT], BPE_SIZE - 1)
     assert same_tokenizer(bpe, spelled())
-    assert all(same_tokenizer(bpe, cut_by(pattern)) for pattern in encoding.GPT2_WORDS)  # however spelled
-    assert not any(same_tokenizer(bpe, cut_by(pattern)) for pattern in encoding.OTHER_WORDS)
+    assert all(same_tokenizer(bpe, cut_by(pattern)) for pattern in encoders.GPT2_WORDS)  # however spelled
+    assert not any(same_tokenizer(bpe, cut_by(pattern)) for pattern in encoders.OTHER_WORDS)
     assert not same_tokenizer(bpe, smaller) and not same_tokenizer(bpe, tokenizers["char"])
     another_end = PreTrainedTokenizerFast(
-        tokenizer_object=cut_by(max(encoding.GPT2_WORDS)).backend_tokenizer, eos_token="!"
+        tokenizer_object=cut_by(max(encoders.GPT2_WORDS)).backend_tokenizer, eos_token="!"
     )
     assert not same_tokenizer(bpe, another_end)  # documents end otherwise

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 
@@ -13,11 +12,11 @@ from .checkpointing import TrainState
 class StepRecord:
     """The results of the optimizer steps since the last reading. Only a reading waits for the device.
 
-    `offsets_of(step)` gives where the windows of a step begin, (N,) int64: they name what a skipped step has seen.
+    `draw(step)` gives all windows of a step: their offsets say what a skipped step has seen.
     """
 
-    def __init__(self, accelerator: Accelerator, offsets_of: Callable[[int], np.ndarray], batch_size: int):
-        self._accelerator, self._offsets_of, self._batch_size = accelerator, offsets_of, batch_size
+    def __init__(self, accelerator: Accelerator, draw: Callable, batch_size: int):
+        self._accelerator, self._draw, self._batch_size = accelerator, draw, batch_size
         self._losses: list[torch.Tensor] = []
         self._norms: list[torch.Tensor] = []
         self._last_norm = 0.0
@@ -61,7 +60,7 @@ class StepRecord:
 
         `losses` (micro-batches, processes) of that step. They are all finite if only the gradient overflowed.
         """
-        offsets = self._offsets_of(step).reshape(*losses.shape, self._batch_size)
+        offsets = self._draw(step).offsets.reshape(*losses.shape, self._batch_size)
         bad = ~losses.isfinite().numpy()  # (micro-batches, processes)
         what = "loss" if bad.any() else "gradient"
         starts = (offsets[bad] if bad.any() else offsets).ravel().tolist()

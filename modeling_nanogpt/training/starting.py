@@ -69,7 +69,7 @@ def start_from_model(init_from: str, revision: str | None, recipe: dict) -> Star
 
 def given_shape(recipe: dict) -> dict:
     """The keys of NanoGPTConfig that a recipe gives."""
-    return {key: recipe[key] for key in SHAPE if key in recipe}
+    return {key: recipe[key] for key in SHAPE if recipe.get(key) is not None}
 
 
 def find_checkpoint(init_from: str, out_dir: Path) -> Path | None:

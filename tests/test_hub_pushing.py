@@ -302,7 +302,7 @@ def test_what_the_hub_refuses_is_one_line_before_anything_is_there(hub, tmp_path
     assert len(said) == len(names)
     for name, line in zip(names, said, strict=True):
         assert line.startswith(f"hub_model_id={name}"), line
-    assert all("no name for a repository" in line for line in said[:4])
+    assert all("cannot be the name of a repository" in line for line in said[:4])
     assert all("403" in line or "404" in line for line in said[4:8])
     assert "--hub_private_repo=false" in said[8]
     assert hub.repositories.keys() == {("models", name) for name in ("alice/public", "bob/his", "bob/hidden")}

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from transformers import AutoTokenizer
 
 from modeling_nanogpt import NanoGPTConfig, NanoGPTForCausalLM
 from modeling_nanogpt.throughput import flops_per_token
+from modeling_nanogpt.training.describing import RunFacts
 from modeling_nanogpt.training.report import Report, draw_samples, find_commit, plot_losses, training_seconds
 from support.tiny_run import TINY
 from train_accelerate import RECIPES
@@ -77,7 +79,18 @@ def make_model(block_size):
 def make_report(record, name="a-model", block_size=16, recipe=None):
     template = (RECIPES / "MODEL_CARD.md").read_text()
     model = make_model(block_size)
-    return Report(template, name, model.config, model.num_parameters(), record, recipe or {}, 50, "a machine", "abc")
+    facts = RunFacts(
+        out_dir=Path("out"),
+        recipe=recipe or {},
+        config=model.config,
+        parameters=model.num_parameters(),
+        data=record,
+        step_tokens=50,
+        hardware="a machine",
+        resumed_from=None,
+        introduction="",
+    )
+    return Report(facts, template, name, "abc")
 
 
 def write(folder, history, record, samples=(), earlier=None, **kwargs):
