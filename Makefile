@@ -30,6 +30,7 @@ conformance: .venv/installed
 style: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m mypy
 
 # What an interrupted installation leaves behind may look complete to pip, so .venv is then made anew.
 .venv/installed: pyproject.toml constraints.txt | python

@@ -31,19 +31,21 @@ def canonical(name: str) -> str:
 
 def floors(text: str) -> dict[str, str]:
     """Each requirement in a part of pyproject.toml, and its lowest version."""
-    return {canonical(name): floor for name, floor in re.findall(r'"([\w.-]+)(?:\[\w+\])?>=([\d.]+)"', text)}
+    return {canonical(name): floor for name, floor in re.findall(r'"([\w.-]+)(?:\[\w+\])?[>=]=([\d.]+)"', text)}
 
 
 (BASE,) = (floors(part) for part in re.findall(r"^dependencies = \[(.*?)^\]", DECLARED, re.M | re.S))
 (SECTION,) = re.findall(r"^\[project.optional-dependencies\]\n(.*?)\n\n", DECLARED, re.M | re.S)
-EXTRAS = {name: floors(part) for name, part in re.findall(r"^(\w+) = \[(.*?)\]$", SECTION, re.M)}
+EXTRAS = {name: floors(part) for name, part in re.findall(r"^(\w+) = \[(.*?)\](?:  #.*)?$", SECTION, re.M)}
 
 
-def imported_by(paths) -> dict[str, set]:
-    """The distributions that files import, wherever the import stands, and the files."""
+def imported_by(paths, indented: bool) -> dict[str, set]:
+    """The distributions that files import at once, or in an indented line; and the files."""
     distributions, users = packages_distributions(), {}
     for path in paths:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if bool(getattr(node, "col_offset", 0)) is not indented:
+                continue
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
             for name in {name.split(".")[0] for name in names} - OURS - set(sys.stdlib_module_names):
@@ -52,17 +54,27 @@ def imported_by(paths) -> dict[str, set]:
     return users
 
 
+def undeclared(users: dict[str, set], *declared: dict) -> dict[str, set]:
+    return {name: files for name, files in users.items() if not any(name in each for each in declared)}
+
+
 def test_what_the_packages_import_is_a_dependency():
-    users = imported_by(PACKAGES)
+    users = imported_by(PACKAGES, indented=False)
     assert {"torch", "transformers", "pyyaml"} <= users.keys()
-    assert {name: files for name, files in users.items() if name not in BASE} == {}
+    assert undeclared(users, BASE) == {}
 
 
-def test_what_tests_and_scripts_import_is_in_an_extra():
-    declared = BASE.keys() | {name for extra in EXTRAS.values() for name in extra}
-    users = imported_by(SCRIPTS)
-    assert {"pytest", "hypothesis"} <= users.keys()
-    assert {name: files for name, files in users.items() if name not in declared} == {}
+def test_what_the_packages_import_only_if_it_is_there_is_an_extra():
+    users = imported_by(PACKAGES, indented=True)
+    assert {"datasets", "zstandard"} <= users.keys()
+    assert undeclared(users, BASE, EXTRAS["zstd"], EXTRAS["fast"]) == {}
+
+
+@pytest.mark.parametrize("indented", [False, True])
+def test_what_tests_and_scripts_import_is_declared(indented):
+    users = imported_by(SCRIPTS, indented=indented)
+    assert {"torch"} <= users.keys()
+    assert undeclared(users, BASE, *EXTRAS.values()) == {}
 
 
 def numbers(version: str) -> list[int]:
