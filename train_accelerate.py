@@ -1,4 +1,4 @@
-"""Train a GPT on a text: the knobs, batches and evaluation, then the run from top to bottom.
+"""Train a GPT on a text, from top to bottom: the knobs, batches and evaluation, then the run.
 
     python train_accelerate.py                                                             the quickstart recipe
     accelerate launch train_accelerate.py hub_configs/shakespeare_char.yaml                another recipe
@@ -106,19 +106,19 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator  # processes, devices, precision
 from accelerate.utils import set_seed
 
 from modeling_nanogpt import NanoGPTForCausalLM
-from modeling_nanogpt.optimization import Schedule, check_optimizer, make_optimizer
+from modeling_nanogpt.optimization import Schedule, check_optimizer, make_optimizer  # AdamW, Muon, learning rates
 from modeling_nanogpt.sources import adopt_tokenizer
 from modeling_nanogpt.training import checkpointing, describing, ending, fitting, hub, launching, monitoring, starting
-from modeling_nanogpt.training.hooks import NO_HOOKS, Hooks
-from modeling_nanogpt.training.recording import StepRecord
-from modeling_nanogpt.training.saving import Saver
-from modeling_nanogpt.training.signals import Signals
-from tokenization.loading import load_tokenizer
-from tokenization.prepare import prepare
+from modeling_nanogpt.training.hooks import NO_HOOKS, Hooks  # for tests and experiments
+from modeling_nanogpt.training.recording import StepRecord  # losses, left on the device
+from modeling_nanogpt.training.saving import Saver  # the model and its checkpoints
+from modeling_nanogpt.training.signals import Signals  # Ctrl-C and SIGTERM stop, SIGUSR1 saves
+from tokenization.prepare import prepare  # text becomes tokens on disk
+from tokenization.vocabularies import load_tokenizer
 from tokenization.windows import TokenStream, Windows, evaluation_windows, training_windows
 
 LOSS_ONLY = {"skip_logits": True, "use_cache": False}  # training needs the loss alone: no logits, no cache
@@ -129,7 +129,7 @@ LOSS_ONLY = {"skip_logits": True, "use_cache": False}  # training needs the loss
 
 def to_device(ids: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Windows of ids (B, T + 1) as inputs (B, T) and targets (B, T), where -100 means that there is no target."""
-    tensor = torch.from_numpy(ids)
+    tensor = torch.from_numpy(ids)  # (B, T + 1) int64
     if device.type == "cuda":
         tensor = tensor.pin_memory()  # from pinned memory, the copy overlaps the work of the GPU
     tensor = tensor.to(device, non_blocking=True)
@@ -146,11 +146,11 @@ def training_batches(
     losses of each micro-batch is divided by it, then every target of the step counts the same.
     """
     for step in itertools.count(first):
-        windows = draw(step)
+        windows = draw(step)  # of all processes
         mean_targets = windows.lengths.sum().item() / (len(windows) // batch_size)
         for mine in windows.shares(batch_size, accelerator.num_processes, accelerator.process_index):
             ids = stream.windows(mine.offsets, mine.lengths, block_size)  # (B, T + 1)
-            inputs, targets = to_device(ids, accelerator.device)
+            inputs, targets = to_device(ids, accelerator.device)  # (B, T) each
             yield inputs, targets, mean_targets
 
 
@@ -167,10 +167,10 @@ def evaluate(
     windows = evaluation_windows(len(split), block_size=block_size, tokens=tokens)
     # pad with empty windows, so that every process runs the same number of full batches
     padded = windows.padded(batch_size * accelerator.num_processes)
-    model.eval()
+    model.eval()  # without dropout
     sums = []
     for mine in padded.shares(batch_size, accelerator.num_processes, accelerator.process_index):
-        ids = split.windows(mine.offsets, mine.lengths, block_size)
+        ids = split.windows(mine.offsets, mine.lengths, block_size)  # (B, T + 1)
         inputs, targets = to_device(ids, accelerator.device)
         # the loss is a sum divided by num_items_in_batch, so 1 leaves the sum
         sums.append(model(inputs, shift_labels=targets, num_items_in_batch=1, **LOSS_ONLY).loss)
@@ -184,7 +184,7 @@ def evaluate(
 
 def main(model_args: ModelArguments, data_args: DataArguments, run_args: RunArguments, hooks: Hooks = NO_HOOKS):
     out_dir, recipe = Path(run_args.out_dir), describing.resolve_recipe(model_args, data_args, run_args)
-    saves = not (run_args.eval_only or run_args.prepare_only)
+    saves = not (run_args.eval_only or run_args.prepare_only)  # these two leave out_dir as it is
 
     # --- Process, start, data: what is wrong with flags, start or text shows here, before training begins ------------
     try:
@@ -195,14 +195,14 @@ def main(model_args: ModelArguments, data_args: DataArguments, run_args: RunArgu
 
         # a run starts from scratch, from the checkpoint of a run that stopped, or from a trained model
         if model_args.init_from == "resume" and run_args.hub_model_id:
-            hub.fetch_run(run_args.hub_model_id, out_dir)
+            hub.fetch_run(run_args.hub_model_id, out_dir)  # if out_dir has no checkpoint yet
         if model_args.init_from == "scratch":
-            start = starting.start_from_scratch(recipe)
+            start = starting.start_from_scratch(recipe)  # new weights
         elif checkpoint := starting.find_checkpoint(model_args.init_from, out_dir):
-            start = starting.start_from_checkpoint(checkpoint, recipe)
+            start = starting.start_from_checkpoint(checkpoint, recipe)  # goes on as if it had never stopped
         else:
-            start = starting.start_from_model(model_args.init_from, model_args.revision, recipe)
-        starting.check_out_dir(out_dir, start.checkpoint, overwrites=saves)
+            start = starting.start_from_model(model_args.init_from, model_args.revision, recipe)  # fine-tuning
+        starting.check_out_dir(out_dir, start.checkpoint, overwrites=saves)  # it may hold an unfinished run
 
         model_tokenizer = None
         if start.carries_tokenizer:  # the data must have the tokens that the model knows
@@ -215,19 +215,19 @@ def main(model_args: ModelArguments, data_args: DataArguments, run_args: RunArgu
         pusher = launching.main_first(lambda: hub.start_pusher(run_args, out_dir, accelerator)) if saves else None
     except ValueError as mistake:
         sys.exit(f"train_accelerate.py: error: {mistake}")
-    config, state, tokenizer = start.config, start.state, data.tokenizer
-    train, val = data.stream("train"), data.stream("val")
+    config, state = start.config, start.state  # the model's shape, and how far the run has come
+    train, val = data.stream("train"), data.stream("val")  # tokens on disk, read without copying
 
     # --- Model -------------------------------------------------------------------------------------------------------
-    set_seed(run_args.seed)
+    set_seed(run_args.seed)  # for the weights of a new model
     if model_args.init_from == "scratch":
-        config.vocab_size = math.ceil(len(tokenizer) / 64) * 64  # a multiple of 64 is faster
+        config.vocab_size = math.ceil(len(data.tokenizer) / 64) * 64  # a multiple of 64 is faster
     model = start.model or NanoGPTForCausalLM(config)  # restore() below brings the weights of a checkpoint
-    adopt_tokenizer(model, tokenizer)
+    adopt_tokenizer(model, data.tokenizer)  # where texts end, and which ids are only padding
     model.set_attn_implementation(run_args.attn_implementation)
     if run_args.gradient_checkpointing:
         fitting.checkpoint_activations(model)
-    model.to(accelerator.device).train()
+    model.to(accelerator.device).train()  # weights are float32; autocast lowers the precision of products
     if run_args.auto_batch_size:
         run_args.batch_size = fitting.largest_batch_size(model, step_windows // accelerator.num_processes, accelerator)
         run_args.gradient_accumulation_steps = step_windows // run_args.batch_size
@@ -237,14 +237,14 @@ def main(model_args: ModelArguments, data_args: DataArguments, run_args: RunArgu
         run_args.optimizer,
         model,
         learning_rate=run_args.learning_rate,
-        betas=(run_args.beta1, run_args.beta2),
+        betas=(run_args.beta1, run_args.beta2),  # AdamW
         weight_decay=run_args.weight_decay,
-        momentum=run_args.momentum,
+        momentum=run_args.momentum,  # Muon
     )
     if run_args.compile:
         model.compile(dynamic=False)  # in place: without a wrapper, the names of the weights get no prefix
     facts = describing.describe_run(run_args, recipe, start, model, data.record, accelerator)
-    model, optimizer = accelerator.prepare(model, optimizer)
+    model, optimizer = accelerator.prepare(model, optimizer)  # DDP or FSDP2, autocast, loss scaling
     micro_steps = run_args.gradient_accumulation_steps // accelerator.num_processes
     accelerator.gradient_accumulation_steps = micro_steps  # accelerator.backward divides by it
     if start.checkpoint:
@@ -257,7 +257,7 @@ def main(model_args: ModelArguments, data_args: DataArguments, run_args: RunArgu
 
     def evaluate_both() -> bool:
         """Evaluate and log both splits. Returns whether the loss on val is the lowest so far."""
-        hooks.before_evaluation(state.step)
+        hooks.before_evaluation(state.step)  # does nothing outside of tests and experiments
         val_loss = evaluate(model, val, run_args.eval_tokens, **size)
         train_loss = evaluate(model, train, run_args.eval_tokens or len(val), **size)
         return log.evaluation(train_loss=train_loss, val_loss=val_loss)
@@ -270,21 +270,21 @@ def main(model_args: ModelArguments, data_args: DataArguments, run_args: RunArgu
     if run_args.eval_only:
         evaluate_both()
         log.close()
-        accelerator.end_training()
+        accelerator.end_training()  # leaves the group of processes
         return
     batches = training_batches(hooks.training_stream(train, state.step), draw, state.step, **size)
     saver = Saver(
-        accelerator, model, optimizer.optimizer, tokenizer, facts, start, pusher=pusher, card=RECIPES / "MODEL_CARD.md"
+        accelerator, model, optimizer.optimizer, data.tokenizer, facts, pusher=pusher, card=RECIPES / "MODEL_CARD.md"
     )
 
     # --- The loop: one step is one optimizer update ------------------------------------------------------------------
     schedule, record = Schedule.of(run_args), StepRecord(accelerator, draw, run_args.batch_size)
     clock, signals, failure = monitoring.Clock(state.step), Signals(), ""
-    inputs, targets, mean_targets = next(batches)
+    inputs, targets, mean_targets = next(batches)  # (B, T), (B, T), a number
     while True:
         # evaluate on fixed windows, and save the model
         if state.step % run_args.eval_interval == 0 or state.step == run_args.max_iters:
-            with clock.paused():
+            with clock.paused():  # tokens a second count training alone
                 improved = evaluate_both()
                 if state.step > 0 and (improved or run_args.always_save_checkpoint):
                     saver.save_model(state)
@@ -292,7 +292,7 @@ def main(model_args: ModelArguments, data_args: DataArguments, run_args: RunArgu
             break
 
         # set the learning rate
-        lr = schedule(state.step)
+        lr = schedule(state.step)  # a function of the step alone: nothing to save or to restore
         for group in optimizer.param_groups:
             group["lr"] = lr
 
@@ -300,24 +300,24 @@ def main(model_args: ModelArguments, data_args: DataArguments, run_args: RunArgu
         hooks.before_step(state.step)
         seed_dropout(run_args.seed, state.step, accelerator.process_index)
         for _ in range(micro_steps):
-            with accelerator.accumulate(model):
+            with accelerator.accumulate(model):  # processes exchange gradients only in the last micro-batch
                 loss = model(inputs, shift_labels=targets, num_items_in_batch=mean_targets, **LOSS_ONLY).loss
                 # fetch the next batch while the device is busy with the forward pass
                 inputs, targets, mean_targets = next(batches)
                 accelerator.backward(loss)  # divides by micro_steps, and scales the loss in float16
-                record.add_loss(loss)
+                record.add_loss(loss)  # stays on the device
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(model.parameters(), run_args.grad_clip or math.inf)
                     # A step without a finite gradient must change nothing. If found_inf is 1.0, fused AdamW and Muon
                     # skip the step by themselves, on the device, so the host does not wait for the norm.
                     optimizer.optimizer.found_inf = record.end_step(norm)
                     optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
+                    optimizer.zero_grad(set_to_none=True)  # frees the memory of the gradients
         state.step += 1
         log.advance()
 
         # log, and save a checkpoint; only a step that does so waits for the device
-        signals.poll()
+        signals.poll()  # what one process was asked for, all of them do
         log_due = state.step % run_args.log_interval == 0
         save_due = state.step % run_args.save_interval == 0 or state.step == run_args.max_iters
         save_due = save_due or signals.save or signals.stop
@@ -335,7 +335,7 @@ def main(model_args: ModelArguments, data_args: DataArguments, run_args: RunArgu
             break
 
     # --- The end: finished, stopped by a signal, or failed -----------------------------------------------------------
-    log.close()
+    log.close()  # the bar and the trackers
     signals.restore()
     ending.end_run(accelerator, saver, state, stopped_by=signals.stop, failure=failure)
 

@@ -87,6 +87,7 @@ def make_report(record, name="a-model", block_size=16, recipe=None):
         data=record,
         step_tokens=50,
         hardware="a machine",
+        resumed_from=None,
         introduction="",
     )
     return Report(facts, template, name, "abc")

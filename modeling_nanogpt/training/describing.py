@@ -23,6 +23,7 @@ class RunFacts:
     data: dict  # prepared.json of the data_dir
     step_tokens: int  # tokens in an optimizer step
     hardware: str  # processes, devices and precision
+    resumed_from: Path | None  # the checkpoint that this run goes on from
     introduction: str  # the first lines of the log
 
     @property
@@ -63,6 +64,7 @@ def describe_run(
         data=data,
         step_tokens=step_tokens,
         hardware=hardware,
+        resumed_from=start.checkpoint,
         introduction=introduction,
     )
 

@@ -18,14 +18,14 @@ from .checkpointing import TrainState, gather_tensors, save_checkpoint
 from .describing import RunFacts
 from .hub import Pusher
 from .report import Report, draw_samples, find_commit
-from .starting import Start, superseded_by
+from .starting import superseded_by
 
 
 class Saver:
     """Saves the model and the checkpoints of a run. A save that fails is reported, and the next save makes up for it.
 
     If there is a `pusher`, it pushes what was saved. `card` is the template of the model card. The first checkpoint
-    removes those that this run makes void, given its start.
+    removes those that this run makes void.
     """
 
     def __init__(
@@ -35,14 +35,13 @@ class Saver:
         optimizer: torch.optim.Optimizer,
         tokenizer: PreTrainedTokenizerBase,
         facts: RunFacts,
-        start: Start,
         *,
         pusher: Pusher | None,
         card: Path,
     ):
         self.accelerator, self.model, self.optimizer, self.tokenizer = accelerator, model, optimizer, tokenizer
         self.facts, self.out_dir, self.pusher = facts, facts.out_dir, pusher
-        self.superseded = superseded_by(facts.out_dir, start.checkpoint)
+        self.superseded = superseded_by(facts.out_dir, facts.resumed_from)
         self.report = Report(
             facts,
             template=card.read_text(encoding="utf-8"),
