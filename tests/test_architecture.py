@@ -10,7 +10,7 @@ from importlib.metadata import packages_distributions
 
 import pytest
 
-from support import ROOT
+from support import PATIENCE, ROOT
 
 ROOMS = ("modeling_nanogpt", "tokenization", "train_accelerate")
 FILES = [
@@ -260,7 +260,7 @@ def python(script, *arguments, folder):
     """Run a script in a folder, without bytecode of ours being written; returns the finished process."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-c", script, *map(str, arguments)]
-    process = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    process = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert process.returncode == 0, process.stderr
     assert process.stderr == ""
     return process

@@ -31,6 +31,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from modeling_nanogpt import NanoGPTForCausalLM
 from modeling_nanogpt.sources import open_source
+from support import PATIENCE
 from support.models import BLOCK, VOCAB, make_model, make_tokens
 
 CODE = {"configuration_nanogpt.py", "modeling_nanogpt.py"}
@@ -435,7 +436,7 @@ def test_tensor_parallel_over_two_processes_is_the_same_model(tmp_path):
         + [str(tmp_path / "script.py"), str(tmp_path / "model"), str(tmp_path / "again"), str(tmp_path)],
         env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
         check=True,
-        timeout=180,
+        timeout=PATIENCE,
     )
     for rank in (0, 1):
         seen = SimpleNamespace(**torch.load(tmp_path / f"rank{rank}.pt"))

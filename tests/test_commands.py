@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from support import ROOT
+from support import PATIENCE, ROOT
 
 MODULES = {
     "train": "train_accelerate",
@@ -25,7 +25,7 @@ def python(*words, folder):
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
     )
     lines = process.stderr.splitlines()
     imported = {line.split("|")[-1].strip() for line in lines if line.startswith("import time:")}

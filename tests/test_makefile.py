@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from support import PATIENCE, ROOT
+
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 
 # `-m venv` copies the script to where a virtual environment has its Python. $SLOW names what takes long.
@@ -62,7 +63,7 @@ def make(folder: Path, *arguments: str) -> tuple[int, str, list[str]]:
     """The exit status of make, what it printed, and what Python was asked for meanwhile."""
     (folder / "calls").unlink(missing_ok=True)
     process = start(folder, "make", *arguments)
-    said, _ = process.communicate(timeout=60)
+    said, _ = process.communicate(timeout=PATIENCE)
     calls = folder / "calls"
     return process.returncode, said, calls.read_text().splitlines() if calls.exists() else []
 
@@ -70,12 +71,12 @@ def make(folder: Path, *arguments: str) -> tuple[int, str, list[str]]:
 def interrupt(folder: Path, *arguments: str, slow: str) -> None:
     """Ctrl-C as a terminal sends it, to make and all that it started, while Python does what `slow` names."""
     process = start(folder, "make", *arguments, slow=slow)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE
     while not (folder / "started").exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)
-    process.communicate(timeout=30)
+    process.communicate(timeout=PATIENCE)
     assert process.returncode != 0
 
 
@@ -112,7 +113,7 @@ def test_an_interrupted_run_leaves_the_installation_alone(checkout):
 
 
 def test_an_environment_of_the_users_own_is_kept(checkout):
-    assert start(checkout, "python3", "-m", "venv", ".venv").wait(timeout=30) == 0  # as the README has it
+    assert start(checkout, "python3", "-m", "venv", ".venv").wait(timeout=PATIENCE) == 0  # as the README has it
     own = checkout / ".venv" / "own-package"
     own.touch()
     assert make(checkout, "test")[2] == [INSTALL[1], "-m pytest"]

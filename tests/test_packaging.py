@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from support import ROOT
+from support import PATIENCE, ROOT
 
 DECLARED = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 PACKAGES = [ROOT / "train_accelerate.py", *ROOT.glob("modeling_nanogpt/**/*.py"), *ROOT.glob("tokenization/**/*.py")]
@@ -139,7 +139,7 @@ def run(installed, command, *arguments):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from modeling_nanogpt import NanoGPTForCausalLM
 from modeling_nanogpt.training import checkpointing
 from modeling_nanogpt.training.checkpointing import list_checkpoints, newest_complete
-from support import ROOT
+from support import PATIENCE, ROOT
 from support.runs import HOOKS, finish, free_port, launch, log_windows, read_windows, recipe_of, start, start_together
 from tokenization.windows import open_stream, training_windows
 
@@ -180,7 +180,7 @@ def test_two_machines_are_one_run(folder, alone, tmp_path):
     where = ["--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
     trainer = [ROOT / "train_accelerate.py", folder / "recipe.yaml", f"--out_dir={tmp_path / 'out'}"]
     machines = [torchrun(f"--node_rank={rank}", *where, *trainer) for rank in (0, 1)]
-    said = [machine.communicate(timeout=300) for machine in machines]
+    said = [machine.communicate(timeout=PATIENCE) for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], said
     assert "2 processes on 2 machines by DDP" in said[0][0] and "step 50: " not in said[1][0]
     (tmp_path / "log").write_text(said[0][0])
@@ -213,7 +213,7 @@ def test_a_signal_stops_all_processes_after_the_same_step(folder, two, tmp_path,
         )
         wait_for_steps(noted[0], 5, launcher.poll)
         launcher.send_signal(signal.SIGTERM)
-        out, err = launcher.communicate(timeout=120)
+        out, err = launcher.communicate(timeout=PATIENCE)
         assert "stopped by a signal after step" in out and out.count("SIGTERM: saving") <= 2, err
         assert "SIGTERM: saving after this step" in err and "train_accelerate.py" not in err.split("Traceback")[-1]
     else:
@@ -419,7 +419,7 @@ def test_accelerate_launch_with_two_processes_on_cpus_is_refused(folder, tmp_pat
         [*launch, ROOT / "train_accelerate.py", folder / "recipe.yaml", f"--out_dir={tmp_path / 'out'}"],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
     )
     (line,) = re.findall(r"^train_accelerate\.py: error: .*$", result.stderr, re.M)
     assert "several processes, but starts one" in line and "torchrun --standalone --nproc_per_node" in line

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 import modeling_nanogpt
 from modeling_nanogpt import NanoGPTConfig, NanoGPTForCausalLM, NanoGPTModel
+from support import PATIENCE
 
 TEXT = "to be or not to be"
 AUTO_MAP = {
@@ -129,7 +130,7 @@ def visit(folder, tmp_path):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
     )
     assert process.returncode == 0, process.stderr
     return SimpleNamespace(again=again, base_again=Path(f"{again}-base"), **json.loads(report.read_text()))

@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from modeling_nanogpt import NanoGPTConfig, NanoGPTForCausalLM, sample
 from modeling_nanogpt.sample import continue_prompt
-from support import ROOT
+from support import PATIENCE, ROOT
 from support.tiny_run import TINY
 
 BLOCK, VOCABULARY = 8, 32
@@ -207,7 +207,7 @@ def test_the_command_prints_the_prompt_and_what_follows(run):
         env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"},
         capture_output=True,
         encoding="utf-8",
-        timeout=120,
+        timeout=PATIENCE,
     )
     assert process.stderr == "" and process.returncode == 0
     *samples, rest = process.stdout.split(f"\n{SEPARATOR}\n")

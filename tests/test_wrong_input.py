@@ -13,6 +13,7 @@ from accelerate.state import AcceleratorState, GradientState
 from transformers import LlamaConfig
 
 import train_accelerate
+from support import PATIENCE
 from support.texts import write_words
 from support.tiny_run import TINY, write_recipe
 from tokenization.arguments import DataArguments
@@ -246,7 +247,7 @@ def start(inputs, tmp_path, launcher, environment, **flags):
         env={key: value for key, value in os.environ.items() if key not in dropped} | environment,
         capture_output=True,
         encoding="utf-8",
-        timeout=120,  # a process that waits for another one that has left would wait for ever
+        timeout=PATIENCE,  # a process that waits for another one that has left would wait for ever
     )
     assert files_below(inputs) == before
     assert process.returncode != 0

@@ -3,3 +3,4 @@
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]  # of the project
+PATIENCE = 600  # seconds; however busy the machine is, a process that takes longer hangs

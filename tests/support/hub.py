@@ -181,7 +181,7 @@ class Hub:
         """The CompletedProcess of a command under that environment, started in `home`, with its output as text."""
         home.mkdir(exist_ok=True)
         environment = self.environment(home, token, **more)
-        return subprocess.run(command, cwd=home, env=environment, text=True, capture_output=True, timeout=300)
+        return subprocess.run(command, cwd=home, env=environment, text=True, capture_output=True, timeout=600)
 
     def fail(self, pattern: str, status: int, times: int = 1, **headers: str) -> None:
         """Answer the next requests that match with an HTTP status."""

@@ -16,7 +16,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launch
 
 import train_accelerate
 from modeling_nanogpt.training.hooks import Hooks
-from support import ROOT
+from support import PATIENCE, ROOT
 from support.forks import fork
 from support.texts import write_words
 from support.tiny_run import TINY, write_recipe
@@ -71,7 +71,7 @@ def live(argv: list[str], log: str, before: tuple, environment: dict) -> None:
     train_accelerate.run(train_accelerate.parse_arguments(argv), HOOKS)
 
 
-def finish(*processes: BaseProcess, seconds: float = 300) -> list[int]:
+def finish(*processes: BaseProcess, seconds: float = PATIENCE) -> list[int]:
     """Wait for all, and end the others where one fails; returns their exit statuses, -N where signal N killed one."""
     deadline = time.monotonic() + seconds
     while any(process.exitcode is None for process in processes):
