@@ -38,7 +38,7 @@ style: .venv/installed
 	@if [ -e .venv/unfinished ]; then rm -rf .venv; fi
 	@mkdir -p .venv && touch .venv/unfinished
 	[ -x $(BIN)/python ] || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -c constraints.txt -e ".[test,dev]"
+	$(BIN)/python -m pip install -c constraints.txt -e ".[test,dev,fast]"
 	@mv .venv/unfinished $@
 
 # Refuse an environment whose Python is gone, or is not the one that is asked for.

@@ -117,8 +117,8 @@ from modeling_nanogpt.training.hooks import NO_HOOKS, Hooks  # for tests and exp
 from modeling_nanogpt.training.recording import StepRecord  # losses, left on the device
 from modeling_nanogpt.training.saving import Saver  # the model and its checkpoints
 from modeling_nanogpt.training.signals import Signals  # Ctrl-C and SIGTERM stop, SIGUSR1 saves
-from tokenization.loading import load_tokenizer
 from tokenization.prepare import prepare  # text becomes tokens on disk
+from tokenization.vocabularies import load_tokenizer
 from tokenization.windows import TokenStream, Windows, evaluation_windows, training_windows
 
 LOSS_ONLY = {"skip_logits": True, "use_cache": False}  # training needs the loss alone: no logits, no cache

@@ -134,14 +134,16 @@ def test_recipes_are_no_code():
 
 
 def tree_of_the_readme():
-    """The modules that the README's tree lists, room by room, as paths."""
+    """The modules that the README's tree lists, as paths. A line belongs to the folders above it with less indent."""
     (tree,) = re.findall(r"```\n(train_accelerate\.py .*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
-    folder = ""
+    folders = {}  # indent -> name
     for line in tree.splitlines():
-        if re.match(r"\w+/", line):
-            folder = line.split()[0]
+        indent = len(line) - len(line.lstrip())
+        folders = {depth: name for depth, name in folders.items() if depth < indent}
+        if folder := re.match(r" *(\w+/)", line):
+            folders[indent] = folder.group(1)
         names = re.match(r" *((?:\w+\.py\s+)*)", line).group(1)
-        yield from ((folder if line.startswith(" ") else "") + name for name in names.split())
+        yield from ("".join(folders.values()) + name for name in names.split())
 
 
 def test_the_readmes_tree_lists_the_modules_that_are_there():

@@ -7,12 +7,15 @@ import io
 import json
 import lzma
 import sysconfig
+import tarfile
 import threading
 import zipfile
+from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -32,7 +35,7 @@ TEXTS += ["\0", "caf\u00e9 \U0001f600", "\u2028\x85\x0b\x0c", "<|endoftext|>", "
 def read(corpus, **flags):
     """The documents of a corpus, their pieces joined."""
     documents, held = [], ""
-    for text, ends in open_corpus(DataArguments(corpus=str(corpus), **flags)).read():
+    for text, ends, _ in open_corpus(DataArguments(corpus=str(corpus), **flags)).read():
         assert text  # no piece is empty
         held += text
         if ends:
@@ -82,7 +85,7 @@ SQUEEZE = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
 
 def test_the_standard_library_is_a_corpus_of_hundreds_of_documents():
     root = Path(sysconfig.get_path("stdlib"))
-    paths = [path.relative_to(root) for path in find_files(STDLIB)]
+    paths = [path.relative_to(root) for path in find_files(STDLIB, Counter())]
     assert len(paths) > 300
     assert paths == sorted(set(paths), key=Path.as_posix)  # the same on every machine that has the same files
     assert {"argparse.py", "textwrap.py", "json/decoder.py"} <= {path.as_posix() for path in paths}
@@ -93,7 +96,7 @@ def test_the_standard_library_is_a_corpus_of_hundreds_of_documents():
 
 def test_every_document_of_the_standard_library_reads_as_its_file():
     texts = read(STDLIB)
-    files = [path.read_bytes() for path in find_files(STDLIB)]
+    files = [path.read_bytes() for path in find_files(STDLIB, Counter())]
     files = [content for content in files if content]
     assert len(texts) == len(files)
     for text, content in zip(texts, files, strict=True):
@@ -110,7 +113,7 @@ def test_a_python_file_may_name_its_encoding(tmp_path):
 
 
 def test_a_folder_gives_the_files_that_it_knows_sorted_and_none_that_is_empty(tmp_path):
-    for name, text in {"b.txt": "B", "sub/a.txt": "SA", "a.txt": "A", "empty.txt": "", "c.md": "C"}.items():
+    for name, text in {"b.txt": "B", "sub/a.txt": "SA", "a.txt": "A", "empty.txt": "", "c.html": "C"}.items():
         write(tmp_path / name, text)
     write(tmp_path / "sub/b.txt.gz", gzip.compress(b"SB"))
     write(tmp_path / "t.jsonl", as_jsonl([{"text": "T1"}, {"text": "T2"}]))
@@ -118,7 +121,7 @@ def test_a_folder_gives_the_files_that_it_knows_sorted_and_none_that_is_empty(tm
     assert read(tmp_path) == ["A", "B", "SA", "SB", "T1", "T2"]
     assert read(tmp_path / "*.txt") == ["A", "B"]
     assert read(tmp_path / "**/*.txt") == ["A", "B", "SA"]
-    assert read(tmp_path / "*.md") == ["C"]
+    assert read(tmp_path / "*.html") == ["C"]
 
 
 def test_a_file_whose_name_looks_like_a_glob_is_that_file(tmp_path):
@@ -146,7 +149,7 @@ LETTERS = st.lists(st.sampled_from([*"a\u00e9\U0001f600! \n\t\x1c\x85", "  ", "\
 @given(LETTERS, st.integers(1, 20))
 def test_pieces_are_the_text_cut_before_spaces_that_follow_something(monkeypatch, text, block):
     monkeypatch.setattr(documents_module, "BLOCK", block)
-    pieces = list(read_text(io.BytesIO(text.encode()), "text"))
+    pieces = list(read_text(io.BytesIO(text.encode())))
     assert "".join(piece for piece, _ in pieces) == text
     assert [ends for _, ends in pieces] == [False] * (len(pieces) - 1) + [True]
     for (before, _), (after, _) in zip(pieces, pieces[1:], strict=False):
@@ -297,6 +300,191 @@ def test_a_text_from_the_web_is_that_text(site):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# What a folder and an archive mean
+
+
+def pack_zip(folder, path):
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(folder.rglob("*")):
+            archive.write(file, f"top/{file.relative_to(folder)}")
+
+
+def pack_tar(folder, path):
+    with tarfile.open(path, "w:" + {"tgz": "gz", "tar": ""}.get(path.suffix[1:], path.suffix[1:])) as archive:
+        archive.add(folder, "top")
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """A folder with two documents of each known kind, and much that is no text to train on."""
+    folder = tmp_path / "mixed"
+    for name in ("a.txt", "b.md", "sub/c.rst"):
+        write(folder / name, f"text of {name}")
+    rows = [{"text": "one", "id": 1}, {"text": "two", "id": 2}]
+    for kind in ("jsonl", "jsonlines", "ndjson", "json", "csv", "parquet"):
+        write(folder / f"rows.{kind}", TABLES.get(kind, as_jsonl)(rows))
+    write(folder / "rows.tsv", as_csv(rows).replace(",", "\t"))
+    for name in (".hidden.txt", "._a.txt", ".ipynb_checkpoints/a.txt", "__MACOSX/a.txt", "cover.png", "sub/cover.png"):
+        write(folder / name, b"\x89PNG\0 no text \xff")
+    return folder
+
+
+EXPECTED = sorted(["text of a.txt", "text of b.md", "text of sub/c.rst", *["one", "two"] * 7])
+
+
+@pytest.mark.parametrize("name", ["", "all.zip", "all.tar", "all.tar.gz", "all.tgz", "all.tar.xz", "all.tar.bz2"])
+def test_a_folder_and_an_archive_of_it_are_the_same_corpus(mixed, tmp_path, name):
+    if name:
+        (pack_zip if name == "all.zip" else pack_tar)(mixed, tmp_path / name)
+    corpus = open_corpus(DataArguments(corpus=str(tmp_path / name if name else mixed)))
+    assert sorted(text for text, *_ in corpus.read()) == EXPECTED
+    assert corpus.left_out == {".png": 2}
+    assert "text_column" in corpus.flags
+
+
+def test_an_archive_in_a_folder_is_read(mixed, tmp_path):
+    (tmp_path / "outer").mkdir()
+    pack_zip(mixed, tmp_path / "outer" / "all.zip")
+    write(tmp_path / "outer" / "more.txt", "more")
+    assert sorted(read(tmp_path / "outer")) == sorted([*EXPECTED, "more"])
+
+
+def test_what_this_project_has_written_is_no_corpus(tmp_path):
+    write(tmp_path / "a.txt", "A")
+    for mark in ("data/x/prepared.json", "out/x/run.yaml", "data/y.partial/made_from.json"):
+        write(tmp_path / mark, "{}")
+        write((tmp_path / mark).parent / "README.md", "about the data")
+    assert read(tmp_path) == ["A"]
+
+
+def test_links_are_followed_once(tmp_path):
+    write(tmp_path / "folder" / "a.txt", "A")
+    write(tmp_path / "elsewhere" / "b.txt", "B")
+    (tmp_path / "folder" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "folder" / "back").symlink_to(tmp_path / "folder")
+    assert read(tmp_path / "folder") == ["A", "B"]
+
+
+def test_a_mistake_in_an_archive_is_named_by_its_member(tmp_path):
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+        archive.writestr("rows.jsonl", '{"text": "a"}\n{"body": "b"}\n')
+    with pytest.raises(ValueError, match=r"all\.zip \(rows\.jsonl\) has no column 'text' at line 2"):
+        read(tmp_path / "all.zip")
+
+
+def test_a_file_of_an_unknown_kind_must_be_text(tmp_path):
+    assert read(write(tmp_path / "notes.html", "<p>a</p>")) == ["<p>a</p>"]
+    with pytest.raises(ValueError, match=r"pages\.dat holds NUL characters, and its suffix is not one of \.arrow"):
+        read(write(tmp_path / "pages.dat", "header\0\0and text"))
+
+
+def test_a_column_is_refused_if_there_is_no_table(tmp_path):
+    with pytest.raises(ValueError, match="text_column=body, but there is no table in corpus="):
+        read(write(tmp_path / "a.txt", "a"), text_column="body")
+
+
+def test_a_message_quotes_little_of_a_table(tmp_path):
+    path = write(tmp_path / "noheader.csv", as_csv([{f"word {'x' * 5000}": "a", **{f"c{i}": "b" for i in range(99)}}]))
+    with pytest.raises(ValueError, match="has no column 'text'") as raised:
+        read(path)
+    assert len(str(raised.value)) < 500
+
+
+def test_a_list_that_is_broken_off_is_found_at_its_line(tmp_path):
+    lines = json.dumps([{"text": "a"}] * 100, indent=1).split("\n")
+    lines[50] += " oops"
+    with pytest.raises(ValueError, match="is no JSON at line 51"):
+        read(write(tmp_path / "a.json", "\n".join(lines)))
+
+
+def test_bytes_in_a_parquet_file_are_text(tmp_path):
+    pq.write_table(pa.table({"text": ["a\u00e9".encode(), None]}), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet") == ["a\u00e9"]
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "none.parquet")
+    assert read(tmp_path / "none.parquet") == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Datasets that `datasets` has saved, and token ids
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A DatasetDict of texts and of ids, with a validation split of its own."""
+    splits = {"train": ["A", "", "B"], "validation": ["C"]}
+    tables = {
+        split: datasets.Dataset.from_dict({"text": texts, "input_ids": [[ord(t) for t in text] for text in texts]})
+        for split, texts in splits.items()
+    }
+    datasets.DatasetDict(tables).save_to_disk(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def test_a_saved_dataset_keeps_its_own_splits(saved):
+    assert read(saved) == ["A", "B"]
+    assert read(saved, corpus_split="validation") == ["C"]
+    assert read(saved / "train") == ["A", "B"]
+    corpus = open_corpus(DataArguments(corpus=str(saved), val_split="validation"))
+    assert list(corpus.read()) == [("A", True, False), ("B", True, False), ("C", True, True)]
+    assert corpus.flags == ["text_column", "corpus_split", "val_split"]
+    with pytest.raises(ValueError, match="has no split 'test', but train, validation"):
+        read(saved, val_split="test")
+
+
+def test_a_column_of_ids_is_tokens(saved):
+    corpus = open_corpus(DataArguments(corpus=str(saved), text_column="input_ids"))
+    assert not corpus.is_text
+    assert [ids.tolist() for ids, *_ in corpus.read()] == [[65], [66]]
+
+
+def write_shard(path, ids, version=1, count=None):
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = 20240520, version, len(ids) if count is None else count
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(header.tobytes() + np.array(ids, dtype="<u2").tobytes())
+
+
+def test_shards_of_llm_c_are_tokens(tmp_path):
+    folder = tmp_path / "fineweb"
+    write_shard(folder / "fineweb_val_000000.bin", [7, 8])
+    write_shard(folder / "fineweb_train_000002.bin", [5, 6])
+    write_shard(folder / "fineweb_train_000001.bin", [3, 4])
+    for name in (folder, folder / "*.bin", folder / "fineweb_*_*.bin"):
+        corpus = open_corpus(DataArguments(corpus=str(name)))
+        assert not corpus.is_text and corpus.flags == []
+        assert [(ids.tolist(), val) for ids, _, val in corpus.read()] == [
+            ([3, 4], False),
+            ([5, 6], False),
+            ([7, 8], True),
+        ]
+
+
+@pytest.mark.parametrize(
+    "shard, said",
+    [
+        ({"version": 2}, "is a shard of version 2"),
+        ({"count": 3}, "version 1 with 3 tokens in 1028 bytes"),
+        ({}, "val"),
+    ],
+    ids=str,
+)
+def test_shards_that_cannot_be_are_refused(tmp_path, shard, said):
+    write_shard(tmp_path / "x" / "train_1.bin", [1, 2], **shard)
+    if shard:
+        write_shard(tmp_path / "x" / "val_1.bin", [1, 2])
+    with pytest.raises(ValueError, match=said):
+        list(open_corpus(DataArguments(corpus=str(tmp_path / "x"))).read())
+
+
+@pytest.mark.parametrize("kind", ["uint32", "int64"])
+def test_bins_of_wider_ids_are_refused(tmp_path, kind):
+    for name in ("train.bin", "val.bin"):
+        np.arange(1, 99, dtype=kind).tofile(tmp_path / name)
+    with pytest.raises(ValueError, match="has a zero after each id, as files of uint32 have"):
+        list(open_corpus(DataArguments(corpus=str(tmp_path))).read())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # What cannot be read
 
 
@@ -328,7 +516,7 @@ def test_a_text_from_the_web_is_that_text(site):
     ids=lambda value: value if isinstance(value, str) else "bytes",  # an archive holds the time of its making
 )
 def test_what_cannot_be_read_is_named_in_one_line(tmp_path, name, content, said):
-    from tokenization.splits import find_cut
+    from tokenization.making import find_cut
 
     path = write(tmp_path / name, content)
     with pytest.raises(ValueError, match=said) as raised:

@@ -11,7 +11,7 @@ import pytest
 import tiktoken
 from tiktoken_ext import openai_public
 
-from tokenization.gpt2 import make_gpt2_tokenizer
+from tokenization.vocabularies import make_gpt2_tokenizer
 
 FETCHING = "fetching GPT-2's vocabulary (1.5 MB) ...\n"
 

@@ -20,7 +20,7 @@ def test_a_model_comes_back_as_it_was_pushed(hub, tmp_path):
         import torch
         from transformers import AutoTokenizer
         from modeling_nanogpt import NanoGPTConfig, NanoGPTForCausalLM
-        from tokenization.char import train_char_tokenizer
+        from tokenization.vocabularies import train_char_tokenizer
         torch.manual_seed(0)
         model = NanoGPTForCausalLM(NanoGPTConfig(vocab_size=320, block_size=16, n_layer=2, n_head=2, n_embd=32))
         model.push_to_hub("tiny", private=True)

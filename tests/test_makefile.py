@@ -25,7 +25,7 @@ case "$*" in
     "-m venv .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
 esac
 """
-INSTALL = ["-m venv .venv", "-m pip install -c constraints.txt -e .[test,dev]"]
+INSTALL = ["-m venv .venv", "-m pip install -c constraints.txt -e .[test,dev,fast]"]
 TRAIN = "train_accelerate.py hub_configs/quickstart.yaml"
 SAMPLE = "-m modeling_nanogpt.sample out/quickstart --num_samples 3"
 

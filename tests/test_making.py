@@ -17,20 +17,23 @@ import datasets
 import numpy as np
 import pytest
 import tiktoken
+from transformers import AutoTokenizer, DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
 from support import ROOT
 from support.data_dirs import files_of, prepare_flags, stored_ids
+from support.models import make_model
 from support.needs import needs_gpt2, needs_shakespeare
 from support.prepare_command import Command, lines_of, run_command
 from support.texts import FOXES, write_corpus, write_text
 from tokenization.arguments import DataArguments
 from tokenization.corpora import open_corpus
+from tokenization.making import ROW
 from tokenization.prepare import prepare
-from tokenization.shards import ROW, ROWS
 
 
-def journal_of(staging):
-    return (staging / "journal.json").read_bytes() if (staging / "journal.json").exists() else b""
+def finished(staging):
+    """The files of tokens that a run has finished there, and when each was written."""
+    return {path.name: path.stat().st_mtime_ns for path in staging.glob("tokens-*.arrow")}
 
 
 def contents(folder):
@@ -42,8 +45,8 @@ def contents(folder):
 def command(tmp_path_factory):
     """Starts the prepare command, by default with small files; see support/prepare_command.py."""
 
-    def start(*flags, small=0.0, most=None):
-        return Command(tmp_path_factory.mktemp("said"), *flags, small=small, most=most)
+    def start(*flags, small=0.0, **settings):
+        return Command(tmp_path_factory.mktemp("said"), *flags, small=small, **settings)
 
     return start
 
@@ -119,12 +122,12 @@ def test_files_hold_whole_rows_and_no_row_is_lost_between_them(corpora, tmp_path
 
 
 def test_a_long_text_is_written_in_several_record_batches(tmp_path):
-    text = "ab" * (3 * ROWS * ROW // 4)
+    text = "ab" * (3000 * ROW // 2)
     prepare_flags(corpus=write_text(tmp_path / "text.txt", text), data_dir=tmp_path / "data", val_fraction=0.01)
     column = datasets.load_from_disk(str(tmp_path / "data" / "train")).data.column("input_ids")
-    assert [len(chunk) for chunk in column.chunks][0] == ROWS and column.num_chunks == 2
+    assert column.num_chunks > 1
     ids = np.concatenate([chunk.flatten().to_numpy() for chunk in column.chunks])
-    assert (ids[: int(len(text) * 0.99)] == np.tile([0, 1], len(text))[: int(len(text) * 0.99)]).all()
+    np.testing.assert_array_equal(ids, np.tile([0, 1], len(text))[: int(len(text) * 0.99)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -136,18 +139,16 @@ def test_a_killed_run_goes_on_and_ends_as_if_nothing_had_been(corpora, tmp_path,
     flags = [f"--corpus={corpora / corpus}", *flags]
     straight = command(*flags, f"--data_dir={tmp_path / 'straight'}").result()
     assert straight.returncode == 0, straight.stderr
-    staging, tokens, seen = tmp_path / "data.partial", [], b""
+    staging, seen = tmp_path / "data.partial", {}
     for _ in range(3):
-        child = command(*flags, f"--data_dir={tmp_path / 'data'}", small=60)
-        child.wait_for(lambda before: journal_of(staging) != before, seen)
+        child = command(*flags, f"--data_dir={tmp_path / 'data'}", small=0.5)
+        child.wait_for(lambda before: len(finished(staging)) > len(before), seen)
         assert child.kill() == -signal.SIGKILL
         assert not (tmp_path / "data").exists()
-        seen = journal_of(staging)
-        splits = json.loads(seen)["splits"]
-        tokens.append(sum(split["tokens"] for split in splits.values()))
-        for split in splits:  # what stands in unfinished files is no part of it
-            (staging / split / f"data-{len(splits[split]['files']):05d}.arrow").write_bytes(b"half")
-    assert tokens == sorted(set(tokens)), tokens  # it never began anew
+        now = finished(staging)
+        assert seen.items() < now.items()  # it never began anew
+        seen = now
+        (staging / "tmp0123456").write_bytes(b"half")  # what is unfinished has another name
     last = command(*flags, f"--data_dir={tmp_path / 'data'}").result()
     assert last.returncode == 0, last.stderr
     assert last.stdout.replace("data:", "straight:") == straight.stdout
@@ -177,7 +178,7 @@ def test_what_was_begun_for_something_else_is_not_gone_on_with(corpora, tmp_path
     corpus = write_text(tmp_path / "text.txt", (corpora / "long.txt").read_bytes().decode())
     flags = {"corpus": corpus, "data_dir": tmp_path / "data"}
     child = command(*(f"--{key}={value}" for key, value in flags.items()), small=60)
-    child.wait_for(journal_of, tmp_path / "data.partial")
+    child.wait_for(finished, tmp_path / "data.partial")
     child.kill()
     if change == "corpus":
         write_text(tmp_path / "text.txt")
@@ -193,11 +194,35 @@ def test_what_was_begun_for_something_else_is_not_gone_on_with(corpora, tmp_path
 def test_an_interrupted_run_keeps_what_it_has(corpora, tmp_path, command):
     flags = [f"--corpus={corpora / 'long.txt'}", f"--data_dir={tmp_path / 'data'}"]
     child = command(*flags, small=60)
-    child.wait_for(journal_of, tmp_path / "data.partial")
+    child.wait_for(finished, tmp_path / "data.partial")
     assert child.kill(signal.SIGINT) != 0
-    assert journal_of(tmp_path / "data.partial")
+    assert finished(tmp_path / "data.partial")
     assert command(*flags).result().returncode == 0
     assert stored_ids(tmp_path / "data", "val")
+
+
+@pytest.mark.parametrize("num_proc", [1, 2])
+def test_ctrl_c_is_one_line(corpora, tmp_path, command, num_proc):
+    child = command(
+        f"--corpus={corpora / 'long.txt'}", f"--data_dir={tmp_path / 'data'}", f"--num_proc={num_proc}", small=0.3
+    )
+    child.wait_for(finished, tmp_path / "data.partial")
+    assert child.kill(signal.SIGINT) == 130
+    (line,) = lines_of(child.result().stderr)
+    assert "interrupted" in line
+
+
+def test_a_worker_that_is_killed_is_one_line(corpora, tmp_path, command):
+    flags = [
+        f"--corpus={corpora / 'rows.jsonl'}",
+        f"--data_dir={tmp_path / 'data'}",
+        "--tokenizer=bpe",
+        "--num_proc=2",
+    ]
+    child = command(*flags, worker_dies=True)
+    assert child.result().returncode == 2
+    (line,) = lines_of(child.result().stderr)
+    assert "a process that tokenizes was killed" in line and "--num_proc" in line
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -221,7 +246,7 @@ def test_a_second_run_waits_for_the_first_and_finds_its_work_done(corpora, tmp_p
 def test_a_second_run_takes_over_from_one_that_is_killed(corpora, tmp_path, command):
     flags = [f"--corpus={corpora / 'long.txt'}", f"--data_dir={tmp_path / 'data'}"]
     first = command(*flags, small=60)
-    first.wait_for(journal_of, tmp_path / "data.partial")
+    first.wait_for(finished, tmp_path / "data.partial")
     second = command(*flags)
     second.wait_for(lambda: second.said[1].exists() and "another run" in second.said[1].read_text())
     first.kill()
@@ -264,7 +289,7 @@ def test_a_disk_that_runs_full_costs_nothing_that_was_done(corpora, tmp_path, co
         assert child.returncode == 2, child.stderr
         (line,) = lines_of(child.stderr)
         assert "cannot be written" in line and "No space left" in line and "data.partial" in line
-        assert json.loads(journal_of(disk / "data.partial"))["splits"]["train"]["tokens"] > 0
+        assert finished(disk / "data.partial")
         subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
         assert command(*flags).result().returncode == 0
         text = (corpora / "long.txt").read_bytes().decode()
@@ -344,6 +369,109 @@ def test_a_tokenizer_that_was_changed_in_its_place_is_noticed(tmp_path):
     file.write_text(json.dumps(spec))
     with pytest.raises(ValueError, match=r"made with tokenizer=.*tokenizer, not "):
         prepare_flags(**flags)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A data_dir that is complete needs nothing else
+
+
+@pytest.mark.parametrize("lost", ["corpus", "tokenizer"])
+def test_what_a_data_dir_was_made_from_may_be_gone(tmp_path, capsys, lost):
+    flags = {"corpus": write_text(tmp_path / "text.txt"), "data_dir": tmp_path / "data"}
+    flags["tokenizer"] = write_text(tmp_path / "characters.txt")
+    record = prepare_flags(**flags)
+    os.unlink(flags[lost])
+    capsys.readouterr()
+    assert prepare_flags(**flags) == record
+    said = lines_of(capsys.readouterr().err)
+    assert len(said) == (lost == "corpus") and all(flags[lost] in line and "taking" in line for line in said)
+    with pytest.raises(ValueError, match="no such file"):  # another name was never seen
+        prepare_flags(**flags | {"corpus": tmp_path / "other.txt"})
+
+
+def test_a_corpus_on_the_web_is_fetched_once(tmp_path):
+    record = prepare_flags(corpus=write_text(tmp_path / "text.txt"), data_dir=tmp_path / "data")
+    address = "http://127.0.0.1:9/input.txt"  # where nobody answers
+    record["corpus"] = address
+    (tmp_path / "data" / "prepared.json").write_text(json.dumps(record))
+    assert prepare_flags(corpus=address, data_dir=tmp_path / "data") == record
+    with pytest.raises(ValueError, match="val_fraction=0.1, not 0.2"):
+        prepare_flags(corpus=address, data_dir=tmp_path / "data", val_fraction=0.2)
+
+
+def test_a_data_dir_of_the_earlier_layout_opens(tmp_path):
+    # There, rows had a fixed length, and zeros filled up the last; the record is the same but for new keys.
+    flags = {"corpus": write_text(tmp_path / "text.txt"), "data_dir": tmp_path / "data"}
+    record = prepare_flags(**flags)
+    for split in ("train", "val"):
+        ids = stored_ids(tmp_path / "data", split)
+        rows = np.array(ids + [0] * (-len(ids) % ROW), dtype=np.uint16).reshape(-1, ROW)
+        features = datasets.Features({"input_ids": datasets.List(datasets.Value("uint16"), length=ROW)})
+        shutil.rmtree(tmp_path / "data" / split)
+        datasets.Dataset.from_dict({"input_ids": rows}, features).save_to_disk(tmp_path / "data" / split)
+        stream = prepare(DataArguments(**{key: str(value) for key, value in flags.items()})).stream(split)
+        assert stream.read(0, len(stream)).tolist() == ids
+    assert prepare_flags(**flags) == record
+
+
+def test_trainer_takes_a_data_dir_as_it_is(tmp_path):
+    prepare_flags(corpus=write_text(tmp_path / "text.txt"), data_dir=tmp_path / "data")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "data")
+    model = make_model(n_layer=1, n_head=1, n_embd=8, block_size=ROW, vocab_size=len(tokenizer))
+    trainer = Trainer(
+        model,
+        TrainingArguments(
+            tmp_path / "out", max_steps=3, per_device_train_batch_size=2, report_to="none", use_cpu=True
+        ),
+        train_dataset=datasets.load_from_disk(tmp_path / "data")["train"],
+        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+    )
+    assert np.isfinite(trainer.train().training_loss)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Splits and ids that are there already
+
+
+def test_a_split_of_its_own_is_kept(tmp_path):
+    tables = {"train": ["ab", "cd", "ef"], "validation": ["gh"]}
+    saved = datasets.DatasetDict({split: datasets.Dataset.from_dict({"text": t}) for split, t in tables.items()})
+    saved.save_to_disk(tmp_path / "saved")
+    flags = {"corpus": tmp_path / "saved", "data_dir": tmp_path / "data", "val_split": "validation"}
+    record = prepare_flags(**flags)
+    assert record["documents"] == {"train": 3, "val": 1} and record["tokens"] == {"train": 9, "val": 3}
+    assert prepare_flags(**flags) == record
+    with pytest.raises(ValueError, match="was made with val_split=validation, not "):
+        prepare_flags(**flags | {"val_split": ""})
+
+
+def test_ids_that_someone_else_made_are_taken_as_they_are(prepared_bpe, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(prepared_bpe)
+    rows = [tokenizer.encode(f"{i} foxes") + [tokenizer.eos_token_id] for i in range(20)]
+    datasets.Dataset.from_dict({"input_ids": rows}).to_parquet(tmp_path / "rows.parquet")
+    flags = {"corpus": tmp_path / "rows.parquet", "text_column": "input_ids", "data_dir": tmp_path / "data"}
+    record = prepare_flags(**flags, tokenizer=prepared_bpe)
+    assert record["documents"] == {"train": 18, "val": 2}
+    assert stored_ids(tmp_path / "data", "val") == rows[1] + rows[11]
+    with pytest.raises(ValueError, match="is tokens already, and tokenizer=char is made from text"):
+        prepare_flags(**flags | {"data_dir": tmp_path / "other"})
+
+
+@pytest.fixture(scope="module")
+def prepared_bpe(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bpe")
+    prepare_flags(corpus=write_text(folder / "text.txt"), data_dir=folder / "data", tokenizer="bpe", vocab_size=300)
+    return folder / "data"
+
+
+def test_shards_of_llm_c_become_a_data_dir(prepared_bpe, tmp_path):
+    for name, ids in {"train_1": [1, 2, 3] * 500, "train_2": [4, 5], "val_0": [6, 7]}.items():
+        header = np.zeros(256, dtype="<i4")
+        header[:3] = 20240520, 1, len(ids)
+        (tmp_path / f"fineweb_{name}.bin").write_bytes(header.tobytes() + np.array(ids, dtype="<u2").tobytes())
+    prepare_flags(corpus=tmp_path / "*.bin", tokenizer=prepared_bpe, data_dir=tmp_path / "data")
+    assert stored_ids(tmp_path / "data", "train") == [1, 2, 3] * 500 + [4, 5]
+    assert stored_ids(tmp_path / "data", "val") == [6, 7]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -432,7 +560,7 @@ def test_progress_is_shown_where_somebody_watches(corpora, tmp_path):
     out, _ = child.communicate(timeout=60)
     os.close(screen)
     assert child.returncode == 0
-    assert b"100%" in shown and re.search(rb"[1-9][\d,]* tok/s", shown)
+    assert b"100%" in shown and re.search(rb"[1-9][\d.]* examples/s", shown)
     train, val, whole = out.decode().splitlines()
     assert "1 documents" in train and "bytes a token" in train and "0 unknown" in train
 
@@ -445,12 +573,9 @@ def test_unknowns_are_counted(tmp_path):
 
 
 def test_a_bpe_is_trained_on_the_beginning_of_a_long_text(tmp_path, monkeypatch):
-    from tokenization import making
-
     text = "abc " * 5000 + "xyz " * 90_000
-    monkeypatch.setattr(making, "BPE_SAMPLE", 10_000)
+    monkeypatch.setattr("tokenization.making.BPE_SAMPLE", 10_000)
     monkeypatch.setattr("tokenization.documents.BLOCK", 2**12)
-    monkeypatch.setattr("tokenization.splits.BATCH", 2**12)
     flags = {"tokenizer": "bpe", "vocab_size": 262}
     prepare_flags(corpus=write_text(tmp_path / "text.txt", text), data_dir=tmp_path / "data", **flags)
     vocabulary = json.loads((tmp_path / "data" / "tokenizer.json").read_text())["model"]["vocab"]
@@ -459,7 +584,7 @@ def test_a_bpe_is_trained_on_the_beginning_of_a_long_text(tmp_path, monkeypatch)
 
 def test_reading_is_left_to_the_corpus(tmp_path):
     corpus = open_corpus(DataArguments(corpus=write_text(tmp_path / "text.txt", "ab " * 10)))
-    assert "".join(text for text, _ in corpus.read()) == "ab " * 10
+    assert "".join(text for text, *_ in corpus.read()) == "ab " * 10
     assert prepare(DataArguments(corpus.name, data_dir=str(tmp_path / "data"))).record["documents"] == {
         "train": 1,
         "val": 1,

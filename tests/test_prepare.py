@@ -22,10 +22,10 @@ from support.data_dirs import files_of, joined_ids, prepare_flags, split_documen
 from support.prepare_command import lines_of, run_command
 from support.texts import END, FOXES, write_corpus, write_text
 from tokenization.arguments import DataArguments
-from tokenization.bpe import train_bpe_tokenizer
 from tokenization.corpora import STDLIB, open_corpus
+from tokenization.making import ROW
 from tokenization.prepare import main
-from tokenization.shards import ROW, SplitWriter
+from tokenization.vocabularies import train_bpe_tokenizer
 from tokenization.windows import open_stream
 
 
@@ -121,7 +121,7 @@ def test_a_stream_holds_what_datasets_reads(prepared):
     for split in ("train", "val"):
         ids = stored_ids(prepared / "bpe", split)
         column = datasets.load_from_disk(str(prepared / "bpe"))[split].features["input_ids"]
-        assert (column.feature.dtype, column.length) == ("uint16", ROW)
+        assert column.feature.dtype == "uint16"
         stream = open_stream(str(prepared / "bpe"), split)
         count = len(ids)
         assert stream.windows(np.array([0]), np.array([count - 1]), count).tolist() == [[*ids, -100]]
@@ -289,7 +289,7 @@ def test_a_foreign_record_is_refused_by_name(prepared, tmp_path, content, corpus
 
 
 @pytest.mark.parametrize("failure", [OSError("No space left on device"), KeyboardInterrupt()], ids=repr)
-@pytest.mark.parametrize("owner, at", [(PreTrainedTokenizerBase, "save_pretrained"), (SplitWriter, "finish_file")])
+@pytest.mark.parametrize("owner, at", [(PreTrainedTokenizerBase, "save_pretrained"), (datasets.Dataset, "map")])
 def test_a_failure_in_the_middle_leaves_nothing(tmp_path, monkeypatch, owner, at, failure):
     corpus = write_text(tmp_path / "text.txt")
     before = files_of(tmp_path)
@@ -388,7 +388,7 @@ def test_help_names_every_flag_and_touches_nothing(monkeypatch, capsys):
 def write_wrong_inputs(folder):
     (folder / "empty.txt").write_text("")
     (folder / "no-texts").mkdir()
-    (folder / "no-texts" / "page.md").write_text("words")
+    (folder / "no-texts" / "page.html").write_text("words")
     write_corpus(folder / "all-empty", ["", "", ""])
     (folder / "latin.txt").write_bytes("words, caf\u00e9, words".encode("latin-1"))
     (folder / "latin.py").write_bytes("x = 'words, caf\u00e9, words'\n".encode("latin-1"))

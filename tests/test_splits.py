@@ -1,11 +1,11 @@
-"""Splits: where a text is cut, which documents are held out, and batches that any state goes on from."""
+"""Splits: where a text is cut, which documents are held out, and that shards hold all text in order."""
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenization import splits as splits_module
-from tokenization.splits import Splitter, find_cut, is_val
+from tokenization import making
+from tokenization.making import find_cut, is_val, shards_of, split_pieces
 
 
 class Pieces:
@@ -16,11 +16,9 @@ class Pieces:
     def __init__(self, documents):
         self.pieces = [(text, i == len(texts) - 1) for texts in documents for i, text in enumerate(texts)]
 
-    def read(self, state=None):
-        self.state = state or 0
-        for piece in self.pieces[self.state :]:
-            self.state += 1
-            yield piece
+    def read(self):
+        for text, ends in self.pieces:
+            yield text, ends, None
 
 
 DOCUMENTS = st.lists(
@@ -60,16 +58,16 @@ def test_a_tenth_is_every_tenth():
 
 @settings(deadline=None, derandomize=True, max_examples=300)
 @given(DOCUMENTS, st.integers(1, 30), st.booleans(), st.sampled_from([0.1, 0.5, 0.3]))
-def test_batches_hold_all_text_in_order_and_any_state_goes_on(documents, size, whole, fraction):
-    size, splits_module.BATCH = splits_module.BATCH, size
+def test_shards_hold_all_text_in_order(documents, size, whole, fraction):
+    size, making.SHARD = making.SHARD, size
     try:
         cut = find_cut(Pieces(documents), fraction)
-        batches = list(Splitter(Pieces(documents), cut, fraction, whole).batches())
+        shards = list(shards_of(split_pieces(Pieces(documents), cut, fraction, whole)))
         texts = ["".join(pieces) for pieces in documents]
         for split in ("train", "val"):
             found, held = [], ""
-            for batch, _ in batches:
-                for which, text, ends in batch:
+            for shard in shards:
+                for which, text, ends in shard:
                     assert text
                     if which == split:
                         held += text
@@ -83,11 +81,9 @@ def test_batches_hold_all_text_in_order_and_any_state_goes_on(documents, size, w
             else:
                 assert not found and held == {"train": texts[0][:cut], "val": texts[0][cut:]}[split]
         if whole:
-            pieces = [piece for batch, _ in batches for piece in batch]
+            pieces = [piece for shard in shards for piece in shard]
             assert len(pieces) == (len(texts) if cut is None else (cut > 0) + (cut < len(texts[0])))
-        for i, (_, state) in enumerate(batches):
-            if state is not None:
-                assert list(Splitter(Pieces(documents), cut, fraction, whole, state).batches()) == batches[i + 1 :]
-        assert all(state is not None for _, state in batches[:-1])
+        sizes = [sum(len(text) for _, text, _ in shard) for shard in shards]
+        assert all(each >= making.SHARD for each in sizes[:-1])
     finally:
-        splits_module.BATCH = size
+        making.SHARD = size

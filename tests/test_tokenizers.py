@@ -13,11 +13,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from support.needs import needs_gpt2
 from support.texts import END, HARD_TEXTS, TEXT, random_texts
-from tokenization import encoding
-from tokenization.bpe import train_bpe_tokenizer
-from tokenization.char import read_char_tokenizer, train_char_tokenizer
-from tokenization.gpt2 import make_gpt2_tokenizer
-from tokenization.loading import same_tokenizer
+from tokenization import encoders
+from tokenization.vocabularies import (
+    make_gpt2_tokenizer,
+    read_char_tokenizer,
+    same_tokenizer,
+    train_bpe_tokenizer,
+    train_char_tokenizer,
+)
 
 BPE_SIZE = 600
 
@@ -331,10 +334,10 @@ def test_two_tokenizers_are_the_same_where_they_give_the_same_ids(tokenizers):
 
     bpe, smaller = tokenizers["bpe"], train_bpe_tokenizer([TEXT], BPE_SIZE - 1)
     assert same_tokenizer(bpe, spelled())
-    assert all(same_tokenizer(bpe, cut_by(pattern)) for pattern in encoding.GPT2_WORDS)  # however spelled
-    assert not any(same_tokenizer(bpe, cut_by(pattern)) for pattern in encoding.OTHER_WORDS)
+    assert all(same_tokenizer(bpe, cut_by(pattern)) for pattern in encoders.GPT2_WORDS)  # however spelled
+    assert not any(same_tokenizer(bpe, cut_by(pattern)) for pattern in encoders.OTHER_WORDS)
     assert not same_tokenizer(bpe, smaller) and not same_tokenizer(bpe, tokenizers["char"])
     another_end = PreTrainedTokenizerFast(
-        tokenizer_object=cut_by(max(encoding.GPT2_WORDS)).backend_tokenizer, eos_token="!"
+        tokenizer_object=cut_by(max(encoders.GPT2_WORDS)).backend_tokenizer, eos_token="!"
     )
     assert not same_tokenizer(bpe, another_end)  # documents end otherwise

@@ -346,6 +346,68 @@ def test_the_permutation_shuffles():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# training_windows: documents
+
+END_ID = 99
+
+
+def document_stream(lengths, sizes=None):
+    """A stream of documents of these lengths, each with its end-of-text token, in chunks of these sizes."""
+    ids = np.concatenate([[*range(length - 1), END_ID] for length in lengths]).astype(np.uint16)
+    return TokenStream(cut(ids, sizes) if sizes else [ids], len(ids), END_ID)
+
+
+def slow_document_windows(lengths, block_size):
+    """From a token on to the last end of a document within block_size; if there is none, block_size tokens."""
+    ends, start, windows = np.cumsum(lengths).tolist(), 0, []
+    while start < ends[-1]:
+        within = [end for end in ends if start < end <= start + block_size]
+        windows.append((start, (within[-1] if within else start + block_size) - start))
+        start += windows[-1][1]
+    return windows
+
+
+@settings(deadline=None, derandomize=True, max_examples=300)
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=30), st.integers(1, 20))
+def test_document_windows_end_with_documents(lengths, block_size):
+    stream = document_stream(lengths)
+    offsets, counts = both(stream.document_windows(block_size))
+    assert list(zip(offsets.tolist(), counts.tolist(), strict=True)) == slow_document_windows(lengths, block_size)
+
+
+@settings(deadline=None, derandomize=True, max_examples=100)
+@given(st.lists(st.integers(1, 30), min_size=3, max_size=30), st.integers(1, 20), st.integers(0, 9))
+def test_in_an_epoch_of_documents_every_token_is_a_target_once(lengths, block_size, seed):
+    stream = document_stream(lengths)
+    starts = {0, *np.cumsum(lengths)[:-1].tolist()}
+    count = len(stream.document_windows(block_size))
+    flags = {"order": "documents", "seed": seed, "block_size": block_size}
+    for step in (0, 3):  # an epoch is a step here
+        offsets, counts = both(training_windows(stream, step=step, count=count, **flags))
+        assert sorted(targets_of(offsets, counts, len(stream))) == list(range(len(stream)))
+        for offset in set(offsets.tolist()) - starts:  # it goes on with a document that is longer than a window
+            assert offset - block_size in offsets
+    half = both(training_windows(stream, step=7, count=count, **flags))
+    parts = [both(training_windows(stream, step=7 * count + i, count=1, **flags)) for i in range(count)]
+    np.testing.assert_array_equal(half, np.concatenate(parts, axis=1))
+
+
+def test_documents_are_found_across_chunks_and_without_an_end_of_text():
+    lengths = [5, 1, 9, 3, 12]
+    whole, parts = document_stream(lengths), document_stream(lengths, [4, 1, 7, 11, 7])
+    np.testing.assert_array_equal(both(whole.document_windows(8)), both(parts.document_windows(8)))
+    text = TokenStream([np.arange(30, dtype=np.uint16)], 30)  # one document, which nothing ends
+    assert both(text.document_windows(8))[0].tolist() == [0, 8, 16, 24]
+    assert both(text.document_windows(8))[1].tolist() == [8, 8, 8, 6]
+
+
+def test_a_late_epoch_of_documents_is_reached_at_once():
+    stream = document_stream([7] * 1000)
+    drawn = training_windows(stream, order="documents", seed=5, step=2**50, count=12, block_size=16)
+    assert (both(drawn)[0] % 7 == 0).all() and both(drawn)[1].tolist() == [14] * 12
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Windows
 
 

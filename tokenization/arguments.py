@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import difflib
 import math
+import os
 import types
 import typing
 from collections.abc import Callable
@@ -46,8 +47,9 @@ def check_bounds(arguments) -> None:
 class DataArguments:
     corpus: str | None = knob(
         None,
-        "python-stdlib; a text, .jsonl, .json, .csv or .parquet file, also compressed; a folder or glob of them; an "
-        "https:// file; a Hub dataset; or nanoGPT's folder with train.bin; without it data_dir must be there already",
+        "python-stdlib; a file of text, .jsonl, .json, .csv, .tsv or .parquet, also compressed or in a .zip or .tar; "
+        "a folder or glob of them; an https:// file; a Hub dataset, or one that `datasets` saved; or token files: "
+        "nanoGPT's train.bin and val.bin, or shards of llm.c. Without it data_dir must be there already",
     )
     tokenizer: str = knob(
         "char",
@@ -59,16 +61,24 @@ class DataArguments:
         None, "where the tokens are, or will be written; without corpus, a Hub id of a shared data_dir as well"
     )
     corpus_config: str = knob("", "configuration of a Hub dataset")
-    corpus_split: str = knob("train", "split of a Hub dataset; val is held out of it")
+    corpus_split: str = knob("train", "split of a dataset to train on")
+    val_split: str = knob(
+        "", "split of a dataset to validate on; without it, val_fraction of corpus_split is held out"
+    )
     corpus_revision: str = knob("", "branch, tag or commit of a Hub dataset")
-    text_column: str = knob("text", "column that holds the text, where the corpus is a table")
+    text_column: str = knob("text", "column of a table that holds the text, or token ids (as input_ids)")
     val_fraction: float = knob(0.1, "held out for validation: of the documents, or of the characters of a single one")
     num_proc: int = knob(1, "processes that tokenize; the result does not depend on it")
-    windows: Literal["random", "epoch"] = knob(
-        "random", "windows to train on: at random offsets, or each token as a target once an epoch"
+    windows: Literal["random", "epoch", "documents"] = knob(
+        "random",
+        "windows to train on: at random offsets; each token as a target once an epoch; or the same, with windows that "
+        "begin where documents do",
     )
 
     def __post_init__(self):
+        for flag in ("corpus", "tokenizer", "data_dir"):
+            if (getattr(self, flag) or "").startswith("~"):
+                setattr(self, flag, os.path.expanduser(getattr(self, flag)))
         self.corpus = self.corpus or None
         if self.tokenizer == "bpe" and self.vocab_size < 257:
             raise ValueError(f"vocab_size={self.vocab_size}, but bpe needs 257 at least: 256 bytes and <|endoftext|>")

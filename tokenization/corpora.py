@@ -1,172 +1,227 @@
-"""Where text comes from: a corpus by its name becomes documents, streamed so that memory holds a piece at a time."""
+"""Where text comes from: a corpus by its name becomes files, and these documents, a piece at a time in memory."""
 
 import glob
 import hashlib
 import json
+import os
 import re
 import sysconfig
+from collections import Counter
 from collections.abc import Iterator
-from copy import deepcopy
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+
 from .arguments import DataArguments
-from .bins import BinCorpus, is_bins
-from .documents import READERS, Piece, check_column, fingerprint_files, first_line, kind_of, read_file, text_of
+from .documents import ARCHIVES, JSON, KNOWN, TABLES, first_line, is_hidden, is_shard, kind_of, read_file, read_tokens
 
 STDLIB = "python-stdlib"
 # Left out of the standard library: tests, generated tables, what pip installed, and what differs between machines.
 STDLIB_SKIPPED = {"test", "tests", "idle_test", "lib2to3", "encodings", "pydoc_data", "site-packages", "dist-packages"}
-TABLES = READERS.keys() - {".py"}
+OURS = ("prepared.json", "run.yaml")  # in a data_dir and in an out_dir, which are no text to train on
+NOT_TEXT = {"dataset_infos.json"}  # what `hf download` leaves beside the files of a dataset
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
-class FileCorpus:
-    """Documents of local files, in their order. Its state is a count of pieces.
+class Unreached(ValueError):
+    """What a corpus is read from does not answer, or is not there."""
 
-    `flags` name what else decides what it holds; `bytes` is how much text there is, None where that is not known
-    before it is read; `fingerprint` changes with the path, size or time of a file; `revision` is None. Once all is
-    read, `sha256` is that of the documents with a byte that UTF-8 never holds between them: for a single text, that of
-    its file.
+
+class Corpus:
+    """The documents of some files, in their order.
+
+    `fingerprint` changes if the documents may have; `revision` is a commit on the Hub, or None; `flags` name what else
+    decides what the corpus holds. Once all is read, `sha256` is that of the documents, with a byte that UTF-8 never
+    holds between them: for a single text, that of its file. `left_out` counts files of no known kind, by suffix.
     """
 
-    is_text, revision = True, None
+    revision = None
 
-    def __init__(self, name: str, paths: list[Path], column: str):
-        self.name, self.paths, self.column = name, paths, column
-        tables = any(kind_of(path.name) in TABLES for path in paths)
-        self.flags = ("val_fraction", "text_column") if tables else ("val_fraction",)
-        plain = not tables and all(kind_of(path.name) == path.suffix.lower() for path in paths)
-        self.bytes = sum(path.stat().st_size for path in paths) if plain else None
-        self.fingerprint = fingerprint_files(paths)
+    def __init__(self, arguments: DataArguments, paths: list, left_out: Counter, held_out: list = ()):
+        """The documents of `held_out` are for validation, and come last; without it, validation takes some of all."""
+        self.name, self.column, self.left_out = arguments.corpus, arguments.text_column, left_out
+        self.paths, self.held_out = [*paths, *held_out], set(held_out)
+        tables = any(kind_of(str(path)) in {*JSON, *TABLES, *ARCHIVES} for path in paths)
+        self.flags = [*(["text_column"] if tables else []), *([] if held_out else ["val_fraction"])]
+        self.vocab_size = None  # that token ids must be below
 
-    def read(self, state: dict | None = None) -> Iterator[Piece]:
-        """The pieces of its documents from a state on; those before it are read as well, for the hash."""
-        skipped = state["pieces"] if state else 0
-        self.pieces, self.digest, between = 0, hashlib.sha256(), b""
+    @cached_property
+    def fingerprint(self) -> str:
+        return fingerprint_files(self.paths)
+
+    @cached_property
+    def is_text(self) -> bool:
+        """Whether there is text in it, not token ids."""
+        content, *_ = next(self.read(), ("",))
+        return isinstance(content, str)
+
+    def read(self) -> Iterator[tuple[str | np.ndarray, bool, bool | None]]:
+        """Pieces of documents: text or ids, whether the document ends, whether it is held out (None: not said)."""
+        digest, between, left_out = hashlib.sha256(), b"", Counter()
         for path in self.paths:
-            for text, ends in read_file(path, self.column):
-                self.digest.update(between + text.encode())
-                between = b"\xff" * ends
-                self.pieces += 1
-                if self.pieces > skipped:
-                    yield text, ends
+            for content, ends in self.read_path(path, left_out):
+                if self.vocab_size and content.max() >= self.vocab_size:
+                    raise ValueError(
+                        f"corpus: {path} has the id {content.max()}, but its tokenizer only {self.vocab_size} tokens: "
+                        "--tokenizer names the one that it was made with"
+                    )
+                digest.update(between + (content.encode() if isinstance(content, str) else content.tobytes()))
+                between = b"\xff" if ends else b""
+                yield content, ends, path in self.held_out if self.held_out else None
+        self.sha256, self.left_out = digest.hexdigest(), self.left_out | left_out
 
-    @property
-    def state(self) -> dict:
-        return {"pieces": self.pieces}
-
-    @property
-    def sha256(self) -> str:
-        return self.digest.hexdigest()
-
-
-class HubUnreached(ValueError):
-    """The Hub does not answer, or knows no such dataset."""
+    def read_path(self, path: Path, left_out: Counter) -> Iterator[tuple[str | np.ndarray, bool]]:
+        return read_file(path, self.column, left_out)
 
 
-class HubCorpus:
-    """A split of a dataset on the Hub, a document a row, as `datasets` streams it. Its state is that of the stream.
+class TokenCorpus(Corpus):
+    """Files of token ids: nanoGPT's train.bin and val.bin, or the shards of llm.c and modded-nanogpt.
 
-    `revision` is the commit that it is read from. `sha256` is a chain: each row is hashed together with the hash of
-    those before it, so that a run that goes on need not read them again.
+    nanoGPT's meta.pkl is not read, as a pickle runs what it holds: the tokenizer is named by flag.
     """
 
-    is_text, bytes = True, None
-    flags = ("val_fraction", "text_column", "corpus_config", "corpus_split")
+    def __init__(self, arguments: DataArguments, paths: list[Path]):
+        held_out = sorted(path for path in paths if "val" in path.name)
+        super().__init__(arguments, sorted(set(paths) - set(held_out)), Counter(), held_out)
+        if not 0 < len(held_out) < len(paths):
+            raise ValueError(f"corpus={self.name}: of its token files, some must have val in their name, and some not")
+
+    is_text = False
+
+    def read_path(self, path: Path, left_out: Counter) -> Iterator[tuple[np.ndarray, bool]]:
+        return read_tokens(path)
+
+
+class HubCorpus(Corpus):
+    """The files of a dataset on the Hub, fetched one after another as they are read, and kept by the Hub's client."""
 
     def __init__(self, arguments: DataArguments):
-        self.name, self.config, self.split = arguments.corpus, arguments.corpus_config, arguments.corpus_split
-        self.column, self.asked_revision = arguments.text_column, arguments.corpus_revision
+        self.arguments = arguments
+        super().__init__(arguments, [], Counter(), [arguments.val_split] if arguments.val_split else [])
+        self.flags += ["text_column", "corpus_config", "corpus_split", "val_split"]
 
     @cached_property
     def revision(self) -> str:
         from huggingface_hub import HfApi
 
-        info = self.call(HfApi().dataset_info, self.name, revision=self.asked_revision or None, timeout=10)
-        return info.sha
+        revision = self.arguments.corpus_revision or None
+        return self.call(HfApi().dataset_info, self.name, revision=revision, timeout=10).sha
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
-        identity = [self.name, self.config, self.split, self.column, self.revision]
+        asked = self.arguments
+        identity = [self.name, asked.corpus_config, asked.corpus_split, self.column, self.revision]
+        identity += [asked.val_split] if asked.val_split else []
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
-    def read(self, state: dict | None = None) -> Iterator[Piece]:
-        self.rows = self.call(self.open)
-        self.sha256 = ""
-        if state:
-            self.rows.load_state_dict(state["rows"])
-            self.sha256 = state["sha256"]
-        rows = iter(self.rows)
-        for number in range(1, 2**63):
-            row = self.call(next, rows, None)
-            if row is None:
-                return
-            try:
-                text = text_of(row, self.column, f"row {number}")
-            except ValueError as mistake:
-                raise ValueError(f"corpus={self.name} {mistake}") from None
-            if text:
-                self.sha256 = hashlib.sha256(self.sha256.encode() + text.encode()).hexdigest()
-                yield text, True
+    def read(self):
+        self.call(self.find_files)
+        return super().read()
 
-    def open(self):
-        from datasets import load_dataset
+    def find_files(self) -> None:
+        """Ask the Hub which files the splits are in."""
+        from datasets import load_dataset_builder
 
-        config = self.config or None
-        rows = load_dataset(self.name, config, split=self.split, revision=self.revision, streaming=True)
-        if rows.column_names:
-            check_column(rows.column_names, self.column, "its table")
-            rows = rows.select_columns([self.column])
-        return rows
+        asked = self.arguments
+        files = load_dataset_builder(self.name, asked.corpus_config or None, revision=self.revision).config.data_files
+        for split in filter(None, [asked.corpus_split, asked.val_split]):
+            if split not in files:
+                raise ValueError(f"it has no split {split!r}, but {', '.join(map(str, files))}")
+        self.held_out = set(files[asked.val_split]) if asked.val_split else set()
+        self.paths = [*files[asked.corpus_split], *self.held_out]
 
-    @property
-    def state(self) -> dict:
-        return {"rows": deepcopy(self.rows.state_dict()), "sha256": self.sha256}
+    def read_path(self, path: str, left_out: Counter):
+        try:
+            yield from read_file(self.call(fetch, path), self.column, left_out)
+        except Unreached:
+            raise
+        except ValueError as mistake:
+            raise ValueError(f"corpus={self.name}: {str(mistake).removeprefix('corpus: ')}") from None
 
     def call(self, function, *arguments, **named):
         """What a function of the Hub's libraries returns; what goes wrong there is one line."""
         try:
             return function(*arguments, **named)
-        except Exception as error:  # of HTTP, of the Hub, of `datasets`, of a format
-            raise HubUnreached(
+        except Exception as error:  # of HTTP, of the Hub, of `datasets`
+            raise Unreached(
                 f"corpus={self.name}: no such file, folder or glob here, and as a Hub dataset it cannot be read "
                 f"({type(error).__name__}: {first_line(error)})"
             ) from None
 
 
-def open_corpus(arguments: DataArguments) -> FileCorpus | HubCorpus | BinCorpus:
-    """The corpus that the flags name; raises ValueError where there is none."""
-    name = arguments.corpus
+# ---------------------------------------------------------------------------------------------------------------------
+# Names
+
+
+def open_corpus(arguments: DataArguments) -> Corpus:
+    """The corpus that the flags name; raises ValueError if there is none."""
+    name, left_out = arguments.corpus, Counter()
     try:
-        if is_bins(name):
-            return BinCorpus(name)
-        paths = find_files(name)
-        if paths:
-            return FileCorpus(name, paths, arguments.text_column)
+        if is_saved(Path(name)):
+            return open_saved(arguments)
+        if tokens := find_tokens(name):
+            return TokenCorpus(arguments, tokens)
+        if paths := find_files(name, left_out):
+            corpus = Corpus(arguments, paths, left_out)
+            if arguments.text_column != "text" and "text_column" not in corpus.flags:
+                raise ValueError(f"text_column={arguments.text_column}, but there is no table in corpus={name}")
+            return corpus
     except OSError as error:  # a name too long, a folder that may not be read
-        raise ValueError(f"corpus={name} cannot be read: {error.strerror}") from None
-    if HUB_ID.fullmatch(name) and kind_of(name) not in {".txt", *READERS}:
+        raise ValueError(f"corpus={name[:99]} cannot be read: {error.strerror}") from None
+    if HUB_ID.fullmatch(name) and kind_of(name) not in KNOWN:
         return HubCorpus(arguments)
-    raise ValueError(f"corpus={name}: no such file, folder, glob or Hub dataset; {STDLIB} is always there")
+    raise Unreached(f"corpus={name}: no such file, folder, glob or Hub dataset; {STDLIB} is always there")
 
 
-def find_files(name: str) -> list[Path]:
-    """The files of a corpus in the order of their paths; none where its name is not that of local files."""
+def is_saved(folder: Path) -> bool:
+    """Whether save_to_disk of `datasets` has written a folder."""
+    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+
+
+def open_saved(arguments: DataArguments) -> Corpus:
+    """A dataset, or several splits of one, that save_to_disk has written."""
+
+    def files_of(split: str) -> list[Path]:
+        folder = Path(arguments.corpus)
+        if not (folder / "state.json").is_file():
+            folder = folder / split
+            if not folder.is_dir():
+                known = json.loads((folder.parent / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+                raise ValueError(f"corpus={arguments.corpus} has no split {split!r}, but {', '.join(known)}")
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        return [folder / file["filename"] for file in state["_data_files"]]
+
+    held_out = files_of(arguments.val_split) if arguments.val_split else []
+    corpus = Corpus(arguments, files_of(arguments.corpus_split), Counter(), held_out)
+    corpus.flags += ["corpus_split", "val_split"]
+    return corpus
+
+
+def find_tokens(name: str) -> list[Path]:
+    """The files of token ids that a name stands for; none if it stands for something else."""
+    path = Path(name)
+    if all((path / file).is_file() for file in ("train.bin", "val.bin")):
+        return [path / "train.bin", path / "val.bin"]
+    found = path.glob("*.bin") if path.is_dir() else map(Path, glob.glob(name) if name.endswith(".bin") else ())
+    return [file for file in found if file.is_file() and is_shard(file)]
+
+
+def find_files(name: str, left_out: Counter) -> list[Path]:
+    """The files of a corpus in the order of their paths; none if its name is not that of local files."""
     if name == STDLIB:
         root = Path(sysconfig.get_path("stdlib"))
         paths = [path for path in root.rglob("*.py") if not STDLIB_SKIPPED & set(path.relative_to(root).parts)]
         paths = [path for path in paths if not path.name.startswith("_sysconfigdata")]
-    elif name.startswith(("https://", "http://")):
+    elif is_address(name):
         paths = [download(name)]
     elif Path(name).is_file():
         paths = [Path(name)]
     elif Path(name).is_dir():
-        known = {".txt", *TABLES}
-        paths = [path for path in Path(name).rglob("*") if path.is_file() and kind_of(path.name) in known]
+        paths = list(walk(Path(name), left_out))
         if not paths:
-            raise ValueError(
-                f"corpus={name}: the folder holds no {', '.join(sorted(known))} file; a glob such as {name}/**/*.md "
+            raise Unreached(
+                f"corpus={name}: the folder holds no {', '.join(sorted(KNOWN))} file; a glob such as {name}/**/*.html "
                 "may do"
             )
     else:
@@ -174,16 +229,52 @@ def find_files(name: str) -> list[Path]:
     return sorted(paths, key=lambda path: path.as_posix())
 
 
+def walk(folder: Path, left_out: Counter) -> Iterator[Path]:
+    """The files below a folder that are read: of known kinds, not hidden, and not written by this project."""
+    been = set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        here, place = Path(parent), os.path.realpath(parent)
+        if place in been or here != folder and any((here / mark).exists() for mark in OURS):  # a link may lead back
+            folders.clear()
+            continue
+        been.add(place)
+        folders[:] = [name for name in folders if not is_hidden(Path(name)) and not name.endswith(".partial")]
+        for name in names:
+            if (
+                kind_of(name) in KNOWN
+                and not is_hidden(Path(name))
+                and name not in NOT_TEXT
+                and (here / name).is_file()
+            ):
+                yield here / name
+            elif not is_hidden(Path(name)):
+                left_out[kind_of(name)] += 1
+
+
+def is_address(name: str) -> bool:
+    return name.startswith(("https://", "http://"))
+
+
 def download(url: str) -> Path:
     """A file from the web, kept in the cache of `datasets` under a name that ends as the URL's does."""
-    from datasets import DownloadConfig, DownloadManager
-
     try:
-        path = Path(DownloadManager(download_config=DownloadConfig(disable_tqdm=True)).download(url))
+        path = fetch(url)
     except Exception as error:  # of HTTP, of the file system
-        raise ValueError(f"corpus={url} cannot be fetched: {type(error).__name__}: {first_line(error)}") from None
+        raise Unreached(f"corpus={url} cannot be fetched: {type(error).__name__}: {first_line(error)}") from None
     suffixes = "".join(Path(url.split("?")[0]).suffixes[-2:])
     named = path.with_name(path.name + suffixes)
     if suffixes and not named.exists():
         named.symlink_to(path.name)
     return named if suffixes else path
+
+
+def fetch(address: str) -> Path:
+    from datasets import DownloadConfig, DownloadManager
+
+    return Path(DownloadManager(download_config=DownloadConfig(disable_tqdm=True)).download(address))
+
+
+def fingerprint_files(paths: list[Path]) -> str:
+    """What changes with the path, the size or the time of a file."""
+    stats = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()

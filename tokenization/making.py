@@ -1,31 +1,44 @@
-"""A data_dir is made: text streams through the tokenizer to disk, a kill is made good, and it appears whole."""
+"""A data_dir is made by `datasets`: one map tokenizes, another cuts rows of 1,024 tokens, save_to_disk writes them.
+
+Text is read a shard at a time, and never stored as text: a shard is a Dataset in memory, whose map writes token ids
+to a cache file. A run that was killed finds those files again. The data_dir appears whole or not at all.
+"""
 
 import hashlib
 import json
+import os
 import shutil
+import signal
 import sys
-import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from fractions import Fraction
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 
-from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
+import datasets
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset, DatasetDict, Features, List, Value, concatenate_datasets
+from filelock import FileLock, Timeout
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from .arguments import DataArguments
-from .bins import BinCorpus
-from .bpe import train_bpe_tokenizer
-from .char import train_char_tokenizer
-from .corpora import FileCorpus, HubCorpus
-from .encoding import Encoded, encode_batches, make_encoder
-from .loading import check_learned, load_tokenizer, named_tokenizer
-from .record import RECORD, asked_for, check_length
-from .shards import JOURNAL, LOCK, SHARD, SplitWriter, locked_folder, read_journal, write_journal
-from .splits import Splitter, find_cut
+from .corpora import Corpus, Unreached
+from .encoders import Encoder, count_bytes, make_encoder
+from .provenance import RECORD, asked_for, check_length
+from .vocabularies import check_tokens, load_tokenizer, named_tokenizer, train_bpe_tokenizer, train_char_tokenizer
+from .windows import TokenStream, views_of
 
+SHARD = 2**26  # characters, or ids, that are read before they are tokenized: what a kill can cost, seconds of work
+STRETCH = 2**21  # characters that map hands to the encoder at a time
+ROW = 1024  # tokens in a stored row; a unit of storage, not a context: windows cross rows
+ROWS = 4096  # rows that are cut at a time
 BPE_SAMPLE = 2**30  # bytes of the train split, from its start, that a bpe tokenizer is trained on
-
-Corpus = FileCorpus | HubCorpus | BinCorpus
+STAMP, TOKENIZER, LOCK = "made_from.json", "tokenizer", "lock"
+COUNTS = ("documents", "bytes", "unknowns")
 
 
 def make_data_dir(
@@ -33,34 +46,37 @@ def make_data_dir(
     corpus: Corpus,
     arguments: DataArguments,
     minimum_tokens: int,
-    learned: PreTrainedTokenizerBase | None,
+    model_tokenizer: PreTrainedTokenizerFast | None,
 ) -> None:
-    """Read, tokenize and store the corpus in a new data_dir, or go on where a killed run has stopped.
+    """Read, tokenize and store the corpus in a new data_dir, or go on from where a killed run has stopped.
 
-    Where another run is making it, wait until it has. Raises ValueError where it cannot be made.
+    If another run is making it, wait until it has. Raises ValueError if it cannot be made.
     """
     staging = data_dir.with_name(data_dir.name + ".partial")
     new_parents = [parent for parent in staging.parents if not parent.exists()]
     try:
-        with locked_folder(staging):
-            try:
-                if (data_dir / RECORD).exists():  # the run that was waited for has made it
-                    return
-                fill(staging, corpus, arguments, minimum_tokens, learned)
-                (staging / LOCK).unlink()
+        with locked_folder(staging), calm():
+            if not (data_dir / RECORD).exists():  # else the run that was waited for has made it
+                fill(staging, corpus, arguments, minimum_tokens, model_tokenizer)
                 if data_dir.exists():
                     data_dir.rmdir()  # empty, as prepare has seen
-                staging.rename(data_dir)
-            finally:
-                if not (staging / JOURNAL).exists():  # nothing to go on from
-                    shutil.rmtree(staging, ignore_errors=True)
+                (staging / "whole").rename(data_dir)
+                forget(staging)
+    except Unreached:
+        raise
+    except ValueError:
+        forget(staging)  # a run with a mistake is not gone on with
+        raise
     except OSError as error:
-        kept = f"; what is done waits in {staging}" if (staging / JOURNAL).exists() else ""
+        kept = f"; what is done waits in {staging}" if staging.exists() else ""
         raise ValueError(f"data_dir={data_dir} cannot be written: {error}{kept}") from None
     finally:
         for parent in new_parents:
             if parent.is_dir() and not any(parent.iterdir()):
                 parent.rmdir()
+    if corpus.left_out:
+        kinds = ", ".join(f"{count} {kind or 'without a suffix'}" for kind, count in corpus.left_out.most_common(9))
+        print(f"corpus={corpus.name}: left out {sum(corpus.left_out.values())} files: {kinds}", file=sys.stderr)
 
 
 def fill(
@@ -68,68 +84,53 @@ def fill(
     corpus: Corpus,
     arguments: DataArguments,
     minimum_tokens: int,
-    learned: PreTrainedTokenizerBase | None,
+    model_tokenizer: PreTrainedTokenizerFast | None,
 ) -> None:
-    """Write all that a data_dir holds."""
+    """Write all that a data_dir holds into the folder `whole`."""
     made_from = {"fingerprint": corpus.fingerprint, **asked_for(arguments, corpus)}
-    journal = read_journal(staging, made_from)
-    if journal:
-        tokenizer, cut = load_tokenizer(str(staging)), journal["cut"]
+    cut = find_cut(corpus, arguments.val_fraction) if corpus.is_text else None
+    if goes_on(staging, made_from):
+        tokenizer = load_tokenizer(str(staging / TOKENIZER))
     else:
-        cut = find_cut(corpus, arguments.val_fraction) if corpus.is_text else None
         tokenizer = make_tokenizer(corpus, cut, arguments)
-        save_tokenizer(tokenizer, staging)
-    check_learned(tokenizer, learned, arguments.data_dir)
+        save_tokenizer(tokenizer, staging / TOKENIZER)
+        (staging / STAMP).write_text(json.dumps(made_from), encoding="utf-8")
+    check_tokens(tokenizer, model_tokenizer, arguments.data_dir)
     if corpus.is_text and cut is None and tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer={arguments.tokenizer} has no end-of-text token, which separates documents")
 
     id_type = "uint16" if len(tokenizer) <= 2**16 else "uint32"
-    writers = {
-        split: SplitWriter(staging / split, id_type, journal.get("splits", {}).get(split))
-        for split in ("train", "val")
-    }
-    written = in_files = count_tokens(writers)
-    started = time.perf_counter()
-    bar = open_bar(corpus.bytes, sum(writer.state["bytes"] for writer in writers.values()))
-    for parts, state in encode_corpus(corpus, tokenizer, cut, arguments, id_type, journal.get("state")):
-        for split, part in parts.items():
-            writers[split].write(part)
-        tokens = count_tokens(writers)
-        if state and tokens - in_files >= SHARD:
-            in_files = tokens
-            states = {split: writer.finish_file() for split, writer in writers.items()}
-            write_journal(staging, {"made_from": made_from, "cut": cut, "state": state, "splits": states})
-        bar.set_postfix_str(f"{(tokens - written) / (time.perf_counter() - started):,.0f} tok/s", refresh=False)
-        bar.update(sum(part.bytes for part in parts.values()))
-    bar.close()
+    stretches = concatenate_datasets(list(tokenize(staging, corpus, tokenizer, cut, arguments, id_type)))
+    counts = {key: {"train": 0, "val": 0} for key in COUNTS}
+    for row in stretches.select_columns(["split", *COUNTS]).with_format(None):
+        for key in COUNTS:
+            counts[key][row["split"]] += row[key]
+    if cut is not None:
+        counts["documents"] = {"train": 1, "val": 1}  # half of one
+    files = tuple(file["filename"] for file in stretches.cache_files)
+    tokens = {split: len(open_tokens(files, split)) for split in ("train", "val")}
+    check_length(tokens, minimum_tokens)
 
-    identity = hashlib.sha256(f"{corpus.sha256} {tokenizer.backend_tokenizer.to_str()}".encode()).hexdigest()
-    for split, writer in writers.items():
-        writer.finish(f"{identity[:11]}-{split}")
-        if cut is not None:
-            writer.state["documents"] = 1  # half of one
-    (staging / "dataset_dict.json").write_text(json.dumps({"splits": list(writers)}))
+    identity = hashlib.sha256(f"{corpus.sha256} {tokenizer.backend_tokenizer.to_str()}".encode()).hexdigest()[:11]
+    whole, num_proc = staging / "whole", arguments.num_proc
+    rows = {split: cut_rows(files, split, staging, id_type, f"{identity}-{split}", num_proc) for split in tokens}
+    DatasetDict(rows).save_to_disk(whole)
+    shutil.copytree(staging / TOKENIZER, whole, dirs_exist_ok=True)
     record = {
         "corpus": arguments.corpus,
         "sha256": corpus.sha256,
-        "fingerprint": corpus.fingerprint,
         "revision": corpus.revision,
-        **asked_for(arguments, corpus),
+        **made_from,
         "vocab_size": len(tokenizer),
-        "vocab_size_asked": arguments.vocab_size,
-        **{
-            key: {split: writer.state[key] for split, writer in writers.items()}
-            for key in ("documents", "bytes", "tokens", "unknowns")
-        },
+        "tokens": tokens,
+        **counts,
         "versions": {package: version(package) for package in ("datasets", "tokenizers", "transformers")},
     }
-    check_length(record["tokens"], minimum_tokens)
-    (staging / RECORD).write_text(json.dumps(record, indent=2) + "\n")
-    (staging / JOURNAL).unlink(missing_ok=True)
+    (whole / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-def make_tokenizer(corpus: Corpus, cut: int | None, arguments: DataArguments) -> PreTrainedTokenizerBase:
-    """The tokenizer that the flags name; raises ValueError where there is none."""
+def make_tokenizer(corpus: Corpus, cut: int | None, arguments: DataArguments) -> PreTrainedTokenizerFast:
+    """The tokenizer that the flags name; raises ValueError if there is none."""
     name = arguments.tokenizer
     if name not in ("char", "bpe"):
         return named_tokenizer(name)
@@ -139,58 +140,293 @@ def make_tokenizer(corpus: Corpus, cut: int | None, arguments: DataArguments) ->
             "one that they were made with: gpt2, a folder, or the text file whose characters they are"
         )
     if name == "char":  # of both splits, as in nanoGPT
-        return train_char_tokenizer(text for text, _ in corpus.read())
+        return train_char_tokenizer(text for text, *_ in corpus.read())
     return train_bpe_tokenizer(train_texts(corpus, cut, arguments.val_fraction), arguments.vocab_size)
 
 
-def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    try:
-        tokenizer.save_pretrained(folder)
-    except Exception as error:  # the `tokenizers` library has no other for a disk that is full
-        raise OSError(str(error)) from None
-
-
-def train_texts(corpus: FileCorpus | HubCorpus, cut: int | None, val_fraction: float) -> Iterator[str]:
+def train_texts(corpus: Corpus, cut: int | None, val_fraction: float) -> Iterator[str]:
     """The texts of the train split, as far as a bpe tokenizer is trained on them."""
     size = 0
-    for batch, _ in Splitter(corpus, cut, val_fraction, whole=False).batches():
-        for text in (text for split, text, _ in batch if split == "train"):
+    for split, text, _ in split_pieces(corpus, cut, val_fraction):
+        if split == "train":
             yield text
             size += len(text.encode())
         if size >= BPE_SAMPLE:
             return
 
 
-def encode_corpus(
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # the `tokenizers` library has no other for a disk that is full
+        raise OSError(str(error)) from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Splits: which text is for training and which for validation, the same on every machine
+
+
+def find_cut(corpus: Corpus, val_fraction: float) -> int | None:
+    """Where a single document is cut into train and val, in characters: nanoGPT's int(0.9 * len).
+
+    None if there are several documents, which stay whole; raises ValueError if there is none.
+    """
+    characters = documents = 0
+    for text, ends, held_out in corpus.read():
+        if documents or held_out is not None:
+            return None
+        characters += len(text)
+        documents += ends
+    if not documents:
+        raise ValueError(f"corpus={corpus.name}: there is no text in it")
+    return int(characters * (1 - Fraction(str(val_fraction))))
+
+
+def is_val(document: int, val_fraction: float) -> bool:
+    """Whether the document of this number, from 0, is for validation: the second, then evenly spaced ones.
+
+    So both splits have one as soon as there are two, and no later document has a say.
+    """
+    over, under = Fraction(str(val_fraction)).as_integer_ratio()
+    return -(-document * over // under) > -((1 - document) * over // under)
+
+
+def split_pieces(corpus: Corpus, cut: int | None, val_fraction: float, whole: bool = False) -> Iterator[tuple]:
+    """The pieces of a corpus, each of one split: (split, text or ids, whether the document ends).
+
+    A single document is cut at `cut`, and neither half ends. `whole` joins the pieces of a document, or of a half.
+    """
+    documents = characters = 0
+    held, held_split = [], ""
+    for content, ends, held_out in corpus.read():
+        if cut is not None:
+            at = min(max(cut - characters, 0), len(content))
+            parts = [(split, part, False) for split, part in (("train", content[:at]), ("val", content[at:])) if part]
+        else:
+            held_out = is_val(documents, val_fraction) if held_out is None else held_out
+            parts = [("val" if held_out else "train", content, ends)]
+        documents, characters = documents + ends, characters + len(content)
+        for split, part, ends in parts:
+            if not whole:
+                yield split, part, ends
+                continue
+            if held and split != held_split:
+                yield held_split, "".join(held), False
+                held = []
+            held, held_split = [*held, part], split
+            if ends:
+                yield split, "".join(held), True
+                held = []
+    if held:
+        yield held_split, "".join(held), False
+
+
+def shards_of(pieces: Iterator[tuple]) -> Iterator[list]:
+    """Pieces in lists of at least SHARD characters or ids."""
+    shard, size = [], 0
+    for piece in pieces:
+        shard.append(piece)
+        size += len(piece[1])
+        if size >= SHARD:
+            yield shard
+            shard, size = [], 0
+    if shard:
+        yield shard
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The maps. Their functions take and return Arrow tables, which costs `datasets` next to nothing.
+
+
+def tokenize(
+    staging: Path,
     corpus: Corpus,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerFast,
     cut: int | None,
     arguments: DataArguments,
     id_type: str,
-    state: dict | None,
-) -> Iterator[tuple[dict[str, Encoded], dict | None]]:
-    """The ids of the corpus in order, from a state on, each batch with the state after it."""
-    if not corpus.is_text:
-        return ((parts, None) for parts in corpus.encoded(tokenizer, id_type))
-    encoder = make_encoder(tokenizer.backend_tokenizer)
-    batches = Splitter(corpus, cut, arguments.val_fraction, not encoder.cuts, state).batches()
-    end_id = tokenizer.eos_token_id if cut is None else None
-    return encode_batches(batches, encoder, end_id, id_type, arguments.num_proc)
+) -> Iterator[Dataset]:
+    """Tokenize the corpus shard by shard, unless a killed run has done so.
+
+    A row of the result is a stretch of one split: its ids, and how much of what they were made from.
+    """
+    whole, end_id = False, tokenizer.eos_token_id
+    if corpus.is_text:
+        spec = tokenizer.backend_tokenizer.to_str()
+        whole = not open_encoder(spec).cuts
+        function, settings = encode_texts, {"spec": spec, "end_id": end_id if cut is None else None}
+    else:
+        corpus.vocab_size = len(tokenizer)
+        function, settings = count_ids, {"sizes": count_bytes(tokenizer), "end_id": end_id}
+    counts = {key: Value("int64") for key in COUNTS}
+    features = Features({"split": Value("string"), "input_ids": List(Value(id_type)), **counts})
+    pieces = split_pieces(corpus, cut, arguments.val_fraction, whole)
+    for number, shard in enumerate(shards_of(pieces)):
+        size = sum(len(content) for _, content, _ in shard)
+        splits, contents, ends = zip(*shard, strict=True)
+        kind = pa.large_string() if corpus.is_text else pa.large_list(pa.uint32())
+        rows = Dataset(pa.table({"split": splits, "content": pa.array(contents, kind), "ends": ends}))
+        yield rows.with_format("arrow").map(
+            function,
+            fn_kwargs=settings,
+            batched=True,
+            batch_size=max(1, len(rows) * STRETCH // size),
+            num_proc=arguments.num_proc if arguments.num_proc > 1 else None,
+            features=features,
+            remove_columns=rows.column_names,
+            cache_file_name=str(staging / f"tokens-{number:05d}.arrow"),
+            new_fingerprint=f"tokens-{number:05d}",
+            desc=f"Tokenizing shard {number + 1}",
+        )
 
 
-def count_tokens(writers: dict[str, SplitWriter]) -> int:
-    return sum(writer.state["tokens"] for writer in writers.values())
+@lru_cache(maxsize=1)
+def open_encoder(spec: str) -> Encoder:
+    """The encoder of a tokenizer.json, made once in each process."""
+    return make_encoder(Tokenizer.from_str(spec))
 
 
-def open_bar(size: int | None, done: int) -> tqdm:
-    """A progress bar in bytes of text; where nobody watches, it only shows in long runs, and seldom."""
-    watched = sys.stderr.isatty()
-    return tqdm(
-        desc="tokenize",
-        total=size,
-        initial=done,
-        unit="B",
-        unit_scale=True,
-        mininterval=0.5 if watched else 10,
-        delay=0 if watched else 10,
-    )
+def encode_texts(rows: pa.Table, spec: str, end_id: int | None) -> pa.Table:
+    """The ids of pieces of text, joined split by split; end_id, if there is one, follows each document."""
+    encoder, stretches = open_encoder(spec), []
+    ending = np.array([] if end_id is None else [end_id], dtype=np.uint32)
+    for split in ("train", "val"):
+        mine = rows.filter(pa.compute.equal(rows["split"], split))
+        texts, ends = mine["content"].to_pylist(), mine["ends"].to_pylist()
+        encoded, ids = encoder.encode(texts), [ending[:0]]
+        for text_ids, ends_here in zip(encoded, ends, strict=True):
+            ids += [text_ids, ending] if ends_here else [text_ids]
+        size = sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
+        stretches.append((split, np.concatenate(ids), sum(ends), size, encoder.count_unknowns(texts, encoded)))
+    return table_of(stretches)
+
+
+def count_ids(rows: pa.Table, sizes: np.ndarray, end_id: int | None) -> pa.Table:
+    """Ids that someone else made, as they are, joined split by split."""
+    stretches = []
+    for split in ("train", "val"):
+        ids = rows.filter(pa.compute.equal(rows["split"], split))["content"].combine_chunks().flatten().to_numpy()
+        documents = 0 if end_id is None else int((ids == end_id).sum())
+        stretches.append((split, ids, documents, int(sizes[ids].sum()), 0))
+    return table_of(stretches)
+
+
+def table_of(stretches: list[tuple]) -> pa.Table:
+    """A row for each stretch: its split, its ids, and COUNTS."""
+    splits, ids, *counts = zip(*stretches, strict=True)
+    offsets = np.cumsum([0, *map(len, ids)], dtype=np.int32)
+    lists = pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(ids)))
+    return pa.table({"split": splits, "input_ids": lists, **dict(zip(COUNTS, counts, strict=True))})
+
+
+@lru_cache(maxsize=2)
+def open_tokens(files: tuple[str], split: str) -> TokenStream:
+    """The ids of a split in the files that tokenize has written, one stream without a copy."""
+    chunks = []
+    for file in files:
+        for batch in Dataset.from_file(file).data.to_batches():
+            (ids,) = views_of(pa.chunked_array([batch["input_ids"]]))
+            bounds = batch["input_ids"].offsets.to_numpy()
+            bounds = bounds - bounds[0]
+            parts = zip(batch["split"].to_pylist(), bounds, bounds[1:], strict=False)
+            chunks += [ids[start:end] for name, start, end in parts if name == split and end > start]
+    return TokenStream(chunks, sum(map(len, chunks)))
+
+
+def cut_rows(files: tuple[str], split: str, staging: Path, id_type: str, fingerprint: str, num_proc: int) -> Dataset:
+    """The ids of a split as rows of ROW ids, of which only the last is shorter."""
+    count = -(-len(open_tokens(files, split)) // ROW)
+    rows = Dataset(pa.table({"row": np.arange(count)})).with_format("arrow")
+    return rows.map(
+        cut_some_rows,
+        fn_kwargs={"files": files, "split": split},
+        batched=True,
+        batch_size=ROWS,
+        num_proc=num_proc if num_proc > 1 else None,
+        features=Features({"input_ids": List(Value(id_type))}),
+        remove_columns=["row"],
+        cache_file_name=str(staging / f"rows-{split}.arrow"),
+        new_fingerprint=fingerprint,
+        desc=f"Cutting {split} into rows",
+    ).with_format(None)
+
+
+def cut_some_rows(rows: pa.Table, files: tuple[str], split: str) -> pa.Table:
+    """Row i holds the ids from ROW * i on, before ROW * (i + 1)."""
+    stream, numbers = open_tokens(files, split), rows["row"].to_numpy()
+    start, end = int(numbers[0]) * ROW, min((int(numbers[-1]) + 1) * ROW, len(stream))
+    offsets = np.minimum(np.arange(len(numbers) + 1) * ROW, end - start).astype(np.int32)
+    return pa.table({"input_ids": pa.ListArray.from_arrays(offsets, pa.array(stream.read(start, end)))})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kills, other runs, and workers
+
+
+def goes_on(staging: Path, made_from: dict) -> bool:
+    """Whether a killed run has left tokens there that were made from the same; what is of no use is removed."""
+    try:
+        same = json.loads((staging / STAMP).read_text(encoding="utf-8")) == made_from
+    except (OSError, ValueError):
+        same = False
+    for path in staging.iterdir():
+        if same and path.name.startswith(("tokens-", "rows-", TOKENIZER, STAMP)) or path.name == LOCK:
+            continue  # what was half written has another name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return same
+
+
+def forget(staging: Path) -> None:
+    open_tokens.cache_clear()  # Windows removes no file that is open
+    shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Make the folder and hold it against other runs; waits for one that has it, and says so once.
+
+    At the end the folder is removed, unless it holds tokens that the next run may go on from.
+    """
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            print(f"{folder}: another run is at work there; waiting for it", file=sys.stderr, flush=True)
+            with suppress(FileNotFoundError):  # it has finished, and removed the folder
+                lock.acquire()
+        if lock.is_locked and (folder / LOCK).exists():
+            break
+        lock.release()
+    try:
+        yield
+    finally:
+        if not list(folder.glob("tokens-*.arrow")):
+            forget(folder)
+        lock.release()
+
+
+@contextmanager
+def calm() -> Iterator[None]:
+    """Keep the log of `datasets` off the screen, and Ctrl-C from the processes that tokenize: this one ends them."""
+    level, handler, ours = datasets.logging.get_verbosity(), signal.getsignal(signal.SIGINT), os.getpid()
+
+    def interrupt(*_):
+        if os.getpid() == ours:
+            raise KeyboardInterrupt
+
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    with suppress(ValueError):  # a thread that is not the main one gets no signals
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    except RuntimeError as error:
+        if "abruptly died" not in str(error):
+            raise
+        raise OSError("a process that tokenizes was killed, for want of memory? Take a smaller --num_proc") from None
+    finally:
+        datasets.logging.set_verbosity(level)
+        with suppress(ValueError):
+            signal.signal(signal.SIGINT, handler)
+        open_tokens.cache_clear()

@@ -15,14 +15,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .arguments import DataArguments, FlagParser, knob
-from .corpora import open_corpus
-from .record import RECORD, check_length, check_record, read_record
-from .sharing import find_data_dir, push_data_dir
+from .provenance import RECORD, check_length, check_record, read_record
 
 if TYPE_CHECKING:  # seconds of imports, which the command spares those who only look
     from transformers import PreTrainedTokenizerFast
 
     from .windows import TokenStream
+
+CARD = """
+# {name}
+
+`{corpus}` as token ids, {train:,} for training and {val:,} for validation, in rows of 1,024 (column `input_ids`). The
+rows are one stream: a document ends with the tokenizer's end-of-text token, not with a row. The tokenizer
+({tokenizer}, {vocab_size:,} tokens) is beside them; [prepared.json](prepared.json) says what they were made from.
+
+Train on it with `--corpus= --data_dir={name}`.
+"""
 
 
 @dataclasses.dataclass
@@ -40,7 +48,7 @@ class PreparedData:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The tokenizer that made the tokens. It loads when it is first asked for."""
-        from .loading import load_tokenizer
+        from .vocabularies import load_tokenizer
 
         return load_tokenizer(str(self.folder), "data_dir")
 
@@ -48,7 +56,7 @@ class PreparedData:
         """The tokens of `train` or `val`, on disk."""
         from .windows import open_stream
 
-        return open_stream(self.folder, split)
+        return open_stream(self.folder, split, self.tokenizer.eos_token_id)
 
 
 def prepare(
@@ -64,26 +72,26 @@ def prepare(
     if arguments.data_dir is None:
         raise ValueError("data_dir is not given: --data_dir=FOLDER names where the tokens are, or will be written")
     data_dir = find_data_dir(arguments.data_dir, arguments.corpus)
-    corpus = None
-    if not (data_dir / RECORD).exists():
+    made = not (data_dir / RECORD).exists()
+    if made:
         check_place(data_dir, arguments)
+        from .corpora import open_corpus
         from .making import make_data_dir
 
-        corpus = open_corpus(arguments)
-        make_data_dir(data_dir, corpus, arguments, minimum_tokens, model_tokenizer)
+        make_data_dir(data_dir, open_corpus(arguments), arguments, minimum_tokens, model_tokenizer)
     prepared = PreparedData(data_dir, read_record(data_dir))
-    if model_tokenizer is not None:
-        from .loading import check_learned
+    if arguments.corpus is not None:  # another run may have made it meanwhile, from something else
+        check_record(prepared.record, arguments)
+    if model_tokenizer is not None and not made:
+        from .vocabularies import check_tokens
 
-        check_learned(prepared.tokenizer, model_tokenizer, arguments.data_dir)
-    if arguments.corpus is not None:
-        check_record(prepared.record, arguments, corpus or open_corpus(arguments))
+        check_tokens(prepared.tokenizer, model_tokenizer, arguments.data_dir)
     check_length(prepared.record["tokens"], minimum_tokens)
     return prepared
 
 
 def check_place(data_dir: Path, arguments: DataArguments) -> None:
-    """Raise ValueError where a data_dir cannot be made."""
+    """Raise ValueError if a data_dir cannot be made."""
     if arguments.corpus is None:
         raise ValueError(f"data_dir={data_dir} is not prepared, and there is no --corpus to prepare it from")
     if data_dir.exists() and (not data_dir.is_dir() or any(data_dir.iterdir())):
@@ -92,6 +100,55 @@ def check_place(data_dir: Path, arguments: DataArguments) -> None:
         )
     if not data_dir.name:
         raise ValueError(f"data_dir={data_dir} cannot be made anew: give the name of a folder in it")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A data_dir on the Hub
+
+
+def find_data_dir(name: str, corpus: str | None) -> Path:
+    """The local folder of a data_dir: itself or, if there is neither that nor a corpus, its copy of the Hub's.
+
+    Raises ValueError if it cannot be fetched.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    if corpus is not None or Path(name).exists() or name.count("/") != 1:
+        return Path(name)
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return Path(name)
+    try:
+        return Path(snapshot_download(name, repo_type="dataset"))
+    except Exception as error:  # of HTTP, of the Hub, of the disk
+        raise ValueError(
+            f"data_dir={name} is not prepared here, there is no --corpus to prepare it from, and from the Hub it "
+            f"cannot be fetched: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        ) from None
+
+
+def push_data_dir(prepared: PreparedData, name: str) -> str:
+    """Share a data_dir as a private dataset of this name, with its tokenizer and a card; returns its address."""
+    from datasets import load_from_disk
+    from huggingface_hub import HfApi, hf_hub_download
+
+    record = prepared.record
+    text = CARD.format(
+        name=name, **record["tokens"], **{key: record[key] for key in ("corpus", "tokenizer", "vocab_size")}
+    )
+    try:
+        address = load_from_disk(prepared.folder).push_to_hub(name, private=True).repo_url
+        api, place = HfApi(), {"repo_id": address.repo_id, "repo_type": "dataset"}
+        api.upload_folder(folder_path=prepared.folder, allow_patterns=["tokenizer*", RECORD], **place)
+        card = Path(hf_hub_download(filename="README.md", **place)).read_text(encoding="utf-8")  # `datasets` wrote it
+        heading = "---".join(card.split("---")[:2]) + "---\n"
+        api.upload_file(path_or_fileobj=(heading + text).encode(), path_in_repo="README.md", **place)
+    except Exception as error:
+        first_line = (str(error).strip() or "it failed").splitlines()[0]
+        raise ValueError(f"push_to_hub={name}: {type(error).__name__}: {first_line}") from None
+    return str(address)
 
 
 def main() -> None:
@@ -109,9 +166,11 @@ def main() -> None:
             )
         print(f"{arguments.data_dir}: a vocabulary of {record['vocab_size']:,} tokens, from {record['corpus']}")
         if sharing.push_to_hub:
-            print(push_data_dir(prepared.folder, sharing.push_to_hub))
+            print(push_data_dir(prepared, sharing.push_to_hub))
     except ValueError as mistake:
         parser.error(str(mistake))
+    except KeyboardInterrupt:
+        parser.exit(130, f"\n{parser.prog}: interrupted; the same command goes on from there\n")
 
 
 if __name__ == "__main__":

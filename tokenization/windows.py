@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from datasets import load_from_disk
+import pyarrow as pa
+from datasets import load_dataset, load_from_disk
 
 NO_TARGET = -100  # what cross-entropy ignores
 ROUNDS = 8  # of the Feistel network
@@ -45,14 +46,17 @@ class Windows:
 class TokenStream:
     """One split as a flat sequence of token ids, read from memory-mapped Arrow buffers without copying them.
 
-    `chunks` are the ids (N,) of consecutive stretches, `length` how many of them count (the last row may be padded).
+    `chunks` are the ids (N,) of consecutive stretches, `length` how many of them count (in data_dirs of an earlier
+    layout the last row is padded), `end_id` is the end-of-text token, if there is one.
     """
 
-    def __init__(self, chunks: list[np.ndarray], length: int):
-        ends = np.minimum(np.cumsum([len(chunk) for chunk in chunks]), length)  # (chunks,)
+    def __init__(self, chunks: list[np.ndarray], length: int, end_id: int | None = None):
+        ends = np.minimum(np.cumsum([len(chunk) for chunk in chunks], dtype=np.int64), length)  # (chunks,)
         self._chunks = chunks
         self._starts = np.concatenate([[0], ends])  # (chunks + 1,)
         self._length = length
+        self._end_id = end_id
+        self._documents = {}  # block_size: what document_windows has found
 
     def __len__(self) -> int:
         return self._length
@@ -83,12 +87,54 @@ class TokenStream:
             filled += len(part)
             chunk, at = (chunk + 1) % len(self._chunks), 0
 
+    def read(self, start: int, end: int) -> np.ndarray:
+        """The ids from start on, before end."""
+        first, last = self._starts.searchsorted([start, end - 1], side="right") - 1
+        parts = [
+            self._chunks[i][max(start - self._starts[i], 0) : end - self._starts[i]] for i in range(first, last + 1)
+        ]
+        return np.concatenate(parts)
 
-def open_stream(data_dir: str | Path, split: str) -> TokenStream:
+    def document_windows(self, block_size: int) -> Windows:
+        """Windows side by side over the stream, each beginning where a document does, or going on with a long one.
+
+        A window ends with the last document end that is within block_size tokens. If there is none, the window is full
+        and the next one goes on from there. One pass over the stream finds the documents; the result is kept.
+        """
+        if block_size not in self._documents:
+            ends = [
+                np.flatnonzero(chunk == self._end_id) + start
+                for chunk, start in zip(self._chunks, self._starts[:-1], strict=True)
+            ]
+            ends = np.concatenate(ends) + 1  # (documents,), each a position in the stream
+            ends = np.unique(np.append(ends[ends < len(self)], len(self)))
+            starts = np.append(0, ends[:-1])
+            full = (ends - starts - 1) // block_size  # windows that a document fills alone, (documents,)
+            # the document that begins the window after the last one that this document is in
+            follower = ends.searchsorted(starts + full * block_size + block_size, side="right").tolist()
+            leaders, document = [], 0
+            while document < len(ends):
+                leaders.append(document)
+                document = follower[document]
+            counts = full[leaders] + 1  # windows from a leader to the next, (leaders,)
+            within = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
+            offsets = np.repeat(starts[leaders], counts) + within * block_size
+            self._documents[block_size] = Windows(offsets, np.diff(np.append(offsets, len(self))))
+        return self._documents[block_size]
+
+
+def open_stream(data_dir: str | Path, split: str, end_id: int | None = None) -> TokenStream:
     """The `train` or `val` split of a prepared data_dir."""
-    length = json.loads((Path(data_dir) / "prepared.json").read_text())["tokens"][split]
-    rows = load_from_disk(Path(data_dir) / split).data.column("input_ids").chunks
-    return TokenStream([chunk.flatten().to_numpy(zero_copy_only=True) for chunk in rows], length)
+    folder = Path(data_dir)
+    length = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))["tokens"][split]
+    shared = not (folder / split).is_dir()  # as push_to_hub has shared it
+    rows = load_dataset(str(folder), split=split) if shared else load_from_disk(folder / split)
+    return TokenStream(views_of(rows.data.column("input_ids")), length, end_id)
+
+
+def views_of(column: pa.ChunkedArray) -> list[np.ndarray]:
+    """The ids of a column of lists, a flat array for each of its chunks, without copying them."""
+    return [chunk.flatten().to_numpy(zero_copy_only=True) for chunk in column.chunks]
 
 
 def training_windows(stream: TokenStream, *, order: str, seed: int, step: int, count: int, block_size: int) -> Windows:
@@ -98,19 +144,26 @@ def training_windows(stream: TokenStream, *, order: str, seed: int, step: int, c
     what step 0 does. Raw 64-bit draws are the same in every version of NumPy; the remainder's bias is below 2**-30.
     (Salmon et al., Parallel random numbers: as easy as 1, 2, 3; SC11.)
 
-    `epoch` goes through the windows of one epoch after the other, see epoch_windows, and a step may take from several.
+    `epoch` and `documents` go through the windows of one epoch after the other, and a step may take from several: see
+    epoch_windows and TokenStream.document_windows.
     """
     if order == "random":
         draws = np.random.Philox(key=seed, counter=[0, step, 0, 0]).random_raw(count)
         offsets = (draws % np.uint64(len(stream) - block_size)).astype(np.int64)
         return Windows(offsets, np.full(count, block_size))
-    per_epoch = -(-len(stream) // block_size)
+    whole = stream.document_windows(block_size) if order == "documents" else None
+    per_epoch = len(whole) if whole else -(-len(stream) // block_size)
     parts = []
     first, end = step * count, (step + 1) * count
     while first < end:
         epoch, place = divmod(first, per_epoch)
         taken = min(per_epoch - place, end - first)
-        parts.append(epoch_windows(seed, epoch, np.arange(place, place + taken), len(stream), block_size))
+        places = np.arange(place, place + taken)
+        if whole:
+            chosen = permute(places, per_epoch, epoch_keys(seed, epoch)[1:])
+            parts.append(Windows(whole.offsets[chosen], whole.lengths[chosen]))
+        else:
+            parts.append(epoch_windows(seed, epoch, places, len(stream), block_size))
         first += taken
     return Windows(np.concatenate([part.offsets for part in parts]), np.concatenate([part.lengths for part in parts]))
 
@@ -122,17 +175,22 @@ def epoch_windows(seed: int, epoch: int, places: np.ndarray, stream_length: int,
     token is a target exactly once. Their order is a permutation that is computed place by place.
     """
     windows = -(-stream_length // block_size)
-    phase, *keys = np.random.Philox(key=seed, counter=[0, epoch, 1, 0]).random_raw(1 + ROUNDS)
+    phase, *keys = epoch_keys(seed, epoch)
     window = permute(places, windows, keys)
     offsets = (int(phase) % stream_length + window * block_size) % stream_length
     return Windows(offsets, np.minimum(block_size, stream_length - window * block_size))
 
 
+def epoch_keys(seed: int, epoch: int) -> np.ndarray:
+    """The random numbers of an epoch: where it cuts the stream, and the keys of the order."""
+    return np.random.Philox(key=seed, counter=[0, epoch, 1, 0]).random_raw(1 + ROUNDS)
+
+
 def permute(places: np.ndarray, count: int, keys: list[np.uint64]) -> np.ndarray:
     """Where a keyed permutation of range(count) takes some of its members: (B,) int64 to (B,) int64.
 
-    A Feistel network permutes the numbers of as many bits as count takes; whoever it leads out of the range goes
-    through it again until he is back, twice on average at most. (Black and Rogaway, Ciphers with arbitrary finite
+    A Feistel network permutes the numbers of as many bits as count takes; a number that lands outside the range is
+    mapped again until it lands inside, twice on average at most. (Black and Rogaway, Ciphers with arbitrary finite
     domains; CT-RSA 2002.) The rounds mix by the finalizer of SplitMix64.
     """
     bits = max(count - 1, 1).bit_length()

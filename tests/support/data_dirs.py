@@ -6,9 +6,8 @@ from pathlib import Path
 import datasets
 
 from tokenization.arguments import DataArguments
+from tokenization.making import ROW, is_val
 from tokenization.prepare import prepare
-from tokenization.shards import ROW
-from tokenization.splits import is_val
 
 
 def prepare_flags(minimum_tokens=2, **flags):
@@ -18,13 +17,11 @@ def prepare_flags(minimum_tokens=2, **flags):
 
 
 def stored_ids(data_dir, split):
-    """The ids of a split, read through `datasets` alone: the rows one after another, the padding cut."""
+    """The ids of a split, read through `datasets` alone: the rows one after another, all but the last of ROW ids."""
     count = json.loads((Path(data_dir) / "prepared.json").read_text())["tokens"][split]
-    rows = datasets.load_from_disk(str(data_dir))[split].with_format("numpy")["input_ids"][:]
-    assert rows.shape == (-(-count // ROW), ROW)
-    ids = rows.reshape(-1)
-    assert not ids[count:].any()
-    return ids[:count].tolist()
+    rows = datasets.load_from_disk(str(data_dir))[split]["input_ids"][:]
+    assert [len(row) for row in rows] == [ROW] * (count // ROW) + [count % ROW] * (count % ROW > 0)
+    return [i for row in rows for i in row]
 
 
 def split_documents(documents):

@@ -18,14 +18,14 @@ from support.forks import fork
 class Command:
     """`python -m tokenization.prepare` with these flags, as a process that a test may kill.
 
-    small: files and batches so small that a text of a megabyte has many, and so many seconds of rest after each entry
-    in the journal. most: bytes in a file, beyond which writing fails.
+    small: files and batches so small that a text of a megabyte has many, and so many seconds of rest after each
+    shard. most: bytes in a file, beyond which writing fails. worker_dies: whoever tokenizes is killed.
     """
 
-    def __init__(self, folder: Path, *flags, small: float | None = None, most: int | None = None):
+    def __init__(self, folder: Path, *flags, small: float | None = None, most: int | None = None, worker_dies=False):
         folder.mkdir(exist_ok=True)
         self.said = folder / "stdout", folder / "stderr"
-        self.process = fork(run, list(map(str, flags)), small, most, *map(str, self.said))
+        self.process = fork(run, list(map(str, flags)), small, most, worker_dies, *map(str, self.said))
 
     def wait_for(self, condition, *arguments) -> None:
         """Until a condition holds, which it must before the process ends."""
@@ -48,23 +48,29 @@ class Command:
         return self.process.exitcode
 
 
-def run(flags: list[str], small: float | None, most: int | None, stdout: str, stderr: str) -> None:
+def run(flags: list[str], small: float | None, most: int | None, worker_dies: bool, stdout: str, stderr: str) -> None:
     """What the process does."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the server that forks has it ignored
     for number, path in ((1, stdout), (2, stderr)):
         os.dup2(os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY), number)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115  until it ends
-    from tokenization import documents, making, prepare, shards, splits
+    import datasets
+
+    from tokenization import documents, making, prepare
 
     if small is not None:
-        documents.BLOCK, splits.BATCH, making.SHARD, shards.ROWS = 2**12, 2**12, 2**15, 4
-        write_journal = making.write_journal
+        datasets.config.MAX_SHARD_SIZE = "32KB"
+        documents.BLOCK, making.STRETCH, making.SHARD, making.ROWS = 2**12, 2**12, 2**15, 4
+        shards_of = making.shards_of
 
-        def write_slowly(*arguments):
-            write_journal(*arguments)
-            time.sleep(small)
+        def slowly(pieces):
+            for shard in shards_of(pieces):
+                yield shard
+                time.sleep(small)
 
-        making.write_journal = write_slowly
+        making.shards_of = slowly
+    if worker_dies:
+        making.encode_texts = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
     if most is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))

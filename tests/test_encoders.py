@@ -2,32 +2,48 @@
 
 import json
 import random
+import time
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import tiktoken
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from support.needs import needs_gpt2
 from support.texts import END, HARD_TEXTS, TEXT, random_texts
-from tokenization import encoding as encoding_module
-from tokenization.bpe import train_bpe_tokenizer
-from tokenization.char import read_char_tokenizer, train_char_tokenizer
 from tokenization.documents import last_cut
-from tokenization.encoding import (
+from tokenization.encoders import (
     OTHER_WORDS,
+    GigatokenEncoder,
     LibraryEncoder,
     TableEncoder,
     TiktokenEncoder,
-    encode_batches,
-    encode_pieces,
-    has_long_space,
+    byte_letters,
+    has_long_run,
     make_encoder,
+    ranks_of,
 )
-from tokenization.gpt2 import make_gpt2_tokenizer
+from tokenization.making import encode_texts
+from tokenization.vocabularies import (
+    make_gpt2_tokenizer,
+    read_char_tokenizer,
+    train_bpe_tokenizer,
+    train_char_tokenizer,
+)
+
+WAYS = ["gigatoken", "tiktoken", "tokenizers"]
+
+
+def encoder_by(way, tokenizer):
+    """The encoder of a tokenizer that is chosen if there is nothing faster than this way; skips what is not here."""
+    if way == "gigatoken":
+        pytest.importorskip("gigatoken")
+    backend = tokenizer.backend_tokenizer
+    return LibraryEncoder(backend) if way == "tokenizers" else make_encoder(backend, fastest=way == "gigatoken")
 
 
 def library_ids(tokenizer, texts):
@@ -63,49 +79,68 @@ def made():
         "bpe": train_bpe_tokenizer([TEXT], 900),
         **{f"words {i}": train_on_words(pattern, bool(i)) for i, pattern in enumerate(sorted(OTHER_WORDS))},
     }
-    return {name: (tokenizer, make_encoder(tokenizer.backend_tokenizer)) for name, tokenizer in tokenizers.items()}
+    return tokenizers
+
+
+@pytest.fixture(params=WAYS)
+def way(request):
+    return request.param
 
 
 NAMES = ["char", "bpe", "words 0", "words 1"]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_fast_way_is_taken(made, name):
-    expected = TableEncoder if name == "char" else TiktokenEncoder
-    assert type(made[name][1]) is expected
-    assert made[name][1].cuts == (not name.startswith("words"))
+def test_the_fast_way_is_taken(made, name, way):
+    encoder = encoder_by(way, made[name])
+    expected = {"gigatoken": GigatokenEncoder, "tiktoken": TiktokenEncoder, "tokenizers": LibraryEncoder}[way]
+    if name == "char" and way != "tokenizers":
+        expected = TableEncoder
+    assert type(encoder) is expected
+    assert encoder.cuts == (way != "tokenizers" and not name.startswith("words"))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_thousands_of_random_texts_have_the_tokenizers_ids(made, name):
-    tokenizer, encoder = made[name]
+def test_thousands_of_random_texts_have_the_tokenizers_ids(made, name, way):
+    tokenizer, encoder = made[name], encoder_by(way, made[name])
     texts = HARD_TEXTS + random_texts(3000, seed=3) + [TEXT[i : i + 50] for i in range(0, len(TEXT), 7)]
     for text, ids, expected in zip(texts, encoder.encode(texts), library_ids(tokenizer, texts), strict=True):
         assert ids.tolist() == expected, ascii(text)
 
 
 @pytest.mark.parametrize("name", ["bpe", "words 0", "words 1"])
-def test_every_character_has_the_tokenizers_ids(made, name):
-    tokenizer, encoder = made[name]
-    slow = LibraryEncoder(tokenizer.backend_tokenizer)
+@pytest.mark.parametrize("way", WAYS[:2])
+def test_every_character_has_the_tokenizers_ids(made, name, way):
+    encoder, slow = encoder_by(way, made[name]), LibraryEncoder(made[name].backend_tokenizer)
     for text in every_character():
         np.testing.assert_array_equal(encoder.encode([text])[0], slow.encode([text])[0])
 
 
-@settings(deadline=None, derandomize=True, max_examples=500)
+@settings(
+    deadline=None,
+    derandomize=True,
+    max_examples=500,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(st.text(max_size=60))
-def test_any_text_has_the_tokenizers_ids(made, text):
-    for tokenizer, encoder in made.values():
-        (ids,) = encoder.encode([text])
+def test_any_text_has_the_tokenizers_ids(made, encoders, text):
+    for name, tokenizer in made.items():
+        (ids,) = encoders[name].encode([text])
         assert [ids.tolist()] == library_ids(tokenizer, [text])
         assert tokenizer.decode(ids) == text
 
 
+@pytest.fixture
+def encoders(made, way):
+    return {name: encoder_by(way, tokenizer) for name, tokenizer in made.items()}
+
+
 @needs_gpt2
-def test_gpt2_has_tiktokens_ids():
+@pytest.mark.parametrize("way", WAYS[:2])
+def test_gpt2_has_tiktokens_ids(way):
     tokenizer, reference = make_gpt2_tokenizer(), tiktoken.get_encoding("gpt2")
-    encoder = make_encoder(tokenizer.backend_tokenizer)
-    assert type(encoder) is TiktokenEncoder and encoder.cuts
+    encoder = encoder_by(way, tokenizer)
+    assert isinstance(encoder, TiktokenEncoder) and encoder.cuts
     assert len(tokenizer) == 50_257 and tokenizer.eos_token_id == reference.eot_token == 50_256
     texts = HARD_TEXTS + random_texts(5000, seed=4) + [TEXT]
     for text, ids in zip(texts, encoder.encode(texts), strict=True):
@@ -126,17 +161,17 @@ def spaced_texts(count):
     return ["".join(dice.choice(dice.choice([SPACES, WORDS])) for _ in range(40)) for _ in range(count)]
 
 
-def test_a_text_cut_at_its_spaces_has_the_ids_of_the_whole(made):
-    tokenizer, encoder = made["bpe"]
-    texts = [TEXT, *spaced_texts(2000), *(f"{text} {encoding_module.CUT}\n \n{text}" for text in HARD_TEXTS)]
+def test_words_between_all_kinds_of_space_have_the_tokenizers_ids(made, way):
+    tokenizer, encoder = made["bpe"], encoder_by(way, made["bpe"])
+    texts = [TEXT, *spaced_texts(2000), *(f"{text} \ue000\n \n{text}" for text in HARD_TEXTS)]
     assert [ids.tolist() for ids in encoder.encode(texts)] == library_ids(tokenizer, texts)
-    assert encoding_module.cut_at_spaces("a  b\n \nc d \t e  ") == ["a ", " b\n ", "\nc d \t", " e  "]
 
 
 @pytest.mark.parametrize("name", ["char", "bpe"])
-def test_pieces_have_the_ids_of_the_whole(made, name):
+@pytest.mark.parametrize("way", WAYS[:2])
+def test_pieces_have_the_ids_of_the_whole(made, name, way):
     # Real and random text with every kind of white space, cut wherever read_text may cut it.
-    _, encoder = made[name]
+    encoder = encoder_by(way, made[name])
     dice = random.Random(0)
     for text in [TEXT, *random_texts(300, seed=5), *spaced_texts(700)]:
         (whole,) = encoder.encode([text])
@@ -161,7 +196,7 @@ def change(tokenizer, **changes):
 
 
 def test_what_tiktoken_would_encode_otherwise_is_left_to_the_library(made):
-    bpe = made["bpe"][0]
+    bpe = made["bpe"]
     model = json.loads(bpe.backend_tokenizer.to_str())["model"]
     first, second, *others = model["merges"]
     a, b = ("".join(merge) for merge in (first, second))
@@ -185,7 +220,7 @@ def test_what_tiktoken_would_encode_otherwise_is_left_to_the_library(made):
 
 def test_merges_that_skip_a_step_are_left_to_the_library():
     # ("ab", "c") is a merge, but "ab" never forms in "abc": "bc" comes first. tiktoken would look "abc" up whole.
-    letters = encoding_module.byte_letters()
+    letters = byte_letters()
     vocabulary = {letter: i for i, letter in enumerate(letters)} | {"bc": 256, "ab": 257, "abc": 258}
     tokenizer = Tokenizer(models.BPE(vocabulary, [("b", "c"), ("a", "b"), ("ab", "c")]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
@@ -195,11 +230,11 @@ def test_merges_that_skip_a_step_are_left_to_the_library():
 
 def test_a_merge_whose_token_is_missing_is_left_to_the_library():
     # The library would not load it; a description of it is refused all the same.
-    letters = encoding_module.byte_letters()
+    letters = byte_letters()
     vocabulary = {letter: i for i, letter in enumerate(letters)}
     model = {"type": "BPE", "vocab": vocabulary, "merges": [["a", "b"]]}
-    assert encoding_module.ranks_of(model, set()) is None
-    assert encoding_module.ranks_of(model | {"merges": []}, set()) == {bytes([i]): i for i in range(256)}
+    assert ranks_of(model, set()) is None
+    assert ranks_of(model | {"merges": []}, set()) == {bytes([i]): i for i in range(256)}
 
 
 def word_level(words, **options):
@@ -224,7 +259,7 @@ def test_any_other_tokenizer_is_encoded_in_batches_with_its_unknowns_counted():
 
 
 def test_text_that_spells_a_special_token_is_text_by_the_library_as_well(made):
-    tokenizer = change(made["bpe"][0], normalizer={"type": "NFC"})
+    tokenizer = change(made["bpe"], normalizer={"type": "NFC"})
     encoder = make_encoder(tokenizer)
     (ids,) = encoder.encode([f"a {END} b"])
     assert type(encoder) is LibraryEncoder and tokenizer.token_to_id(END) not in ids
@@ -246,13 +281,34 @@ def test_characters_without_a_token_are_spelled_and_counted_or_refused(tmp_path)
 
 
 @pytest.mark.parametrize("spaces", [" ", "\n", "\t ", "\r\n"])
-def test_a_desert_of_white_space_is_encoded_as_any_text(made, spaces):
+def test_a_desert_of_white_space_is_encoded_as_any_text(made, spaces, way):
     # On a million spaces before a word, tiktoken's stack overflows.
-    tokenizer, encoder = made["bpe"]
+    tokenizer, encoder = made["bpe"], encoder_by(way, made["bpe"])
     text = "a" + spaces * (1_000_000 // len(spaces)) + "b"
-    assert has_long_space(text) and not has_long_space("a " * 500_000) and not has_long_space("\n" * 60_000 + "a")
-    for desert in (text, text + encoding_module.CUT):
-        assert [encoder.encode([desert])[0].tolist()] == library_ids(tokenizer, [desert])
+    assert has_long_run(text) and not has_long_run("a " * 500_000) and not has_long_run("\n" * 60_000 + "a")
+    assert [encoder.encode([text])[0].tolist()] == library_ids(tokenizer, [text])
+
+
+@pytest.mark.parametrize("word", ["a", "ACGT", "\u6f22\u5b57", "!"])
+def test_a_word_without_end_is_encoded_as_any_text(made, word, way):
+    # tiktoken takes a minute for a word of a million letters.
+    text = "x " + word * (600_000 // len(word))
+    assert has_long_run(text)
+    started = time.process_time()
+    (ids,) = encoder_by(way, made["bpe"]).encode([text])
+    assert time.process_time() - started < 30
+    assert [ids.tolist()] == library_ids(made["bpe"], [text])
+
+
+def test_gigatoken_starts_afresh_before_its_memory_grows(made, monkeypatch):
+    encoder = encoder_by("gigatoken", made["bpe"])
+    monkeypatch.setattr("tokenization.encoders.RENEWAL", 1000)
+    used = set()
+    for text in random_texts(300, seed=6):
+        assert [encoder.encode([text])[0].tolist()] == library_ids(made["bpe"], [text])
+        used.add(id(encoder.tokenizer_of_words))
+        assert encoder.encoded <= 1000
+    assert len(used) > 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -262,39 +318,16 @@ def test_a_desert_of_white_space_is_encoded_as_any_text(made, spaces):
 @pytest.mark.parametrize("end", [True, False])
 @pytest.mark.parametrize("name", NAMES)
 def test_pieces_are_joined_split_by_split_with_an_end_after_each_document(made, name, end):
-    tokenizer, encoder = made[name]
+    tokenizer = made[name]
     pieces = [("train", f"a{END}", False), ("val", "b\u20ac", True), ("train", " c", True), ("train", "d", True)]
+    splits, texts, ends = zip(*pieces, strict=True)
     end_id = tokenizer.eos_token_id if end else None
-    ending = [end_id] * end
-    a, b, c, d = library_ids(tokenizer, [text for _, text, _ in pieces])
-    encoded = encode_pieces(encoder, pieces, end_id, "uint16")
-    assert encoded["train"].ids.tolist() == a + c + ending + d + ending
-    assert encoded["val"].ids.tolist() == b + ending
-    assert encoded["train"].ids.dtype == np.uint16
-    assert (encoded["train"].bytes, encoded["val"].bytes) == (len(END) + 4, 4)
-    assert (encoded["train"].documents, encoded["val"].documents) == (2, 1)
-
-
-@pytest.mark.parametrize("num_proc", [1, 2, 3])
-def test_batches_come_in_their_order_from_any_number_of_processes(made, num_proc):
-    tokenizer, encoder = made["bpe"]
-    dice = random.Random(num_proc)
-    batches = [([("train", "x" * dice.randint(1, 5000), True)], {"number": i}) for i in range(40)]
-    done = list(encode_batches(iter(batches), encoder, 0, "uint16", num_proc))
-    assert [state for _, state in done] == [state for _, state in batches]
-    for (pieces, _), (encoded, _) in zip(batches, done, strict=True):
-        assert encoded["train"].ids.tolist() == library_ids(tokenizer, [pieces[0][1]])[0] + [0]
-
-
-def test_no_more_batches_are_read_than_the_processes_need(made):
-    read = []
-
-    def batches():
-        for i in range(100):
-            read.append(i)
-            yield [("train", "text", True)], None
-
-    encoded = encode_batches(batches(), made["bpe"][1], 0, "uint16", 2)
-    next(encoded)
-    assert len(read) <= 6
-    encoded.close()
+    ending = [end_id] if end else []
+    a, b, c, d = library_ids(tokenizer, texts)
+    rows = pa.table({"split": splits, "content": texts, "ends": ends})
+    train, val = encode_texts(rows, tokenizer.backend_tokenizer.to_str(), end_id).to_pylist()
+    assert (train["split"], val["split"]) == ("train", "val")
+    assert train["input_ids"] == a + c + ending + d + ending
+    assert val["input_ids"] == b + ending
+    assert (train["bytes"], val["bytes"]) == (len(END) + 4, 4)
+    assert (train["documents"], val["documents"]) == (2, 1)

@@ -1,6 +1,6 @@
 """How fast text becomes tokens and tokens become batches, beside nanoGPT's own code on the same text.
 
-    python -m tokenization.bench [--nanogpt CHECKOUT] [--corpus CORPUS] [--copies 8] [--repeats 3]
+    python docs/data_bench.py [--nanogpt CHECKOUT] [--corpus CORPUS] [--copies 8] [--repeats 3]
 
 Each figure is the median of some repeats, with the lowest and the highest; ours and nanoGPT's take turns, each in a
 fresh process, one process at a time. A prepare is timed from the start of its process to the end. nanoGPT's code runs
@@ -10,6 +10,7 @@ train.py.
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -19,9 +20,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from .arguments import DataArguments
-from .corpora import STDLIB, open_corpus
-from .documents import first_line
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tokenization.arguments import DataArguments  # noqa: E402  found by the path above
+from tokenization.corpora import STDLIB, open_corpus  # noqa: E402
 
 BATCHES = [(12, 1024), (64, 256)]  # windows, tokens in one: nanoGPT's defaults for GPT-2 and for characters
 
@@ -78,7 +81,10 @@ print(json.dumps(times))
 def run(folder: Path, *command) -> tuple[str, float, float]:
     """What a Python process printed, the seconds it took, and those of the processor; ValueError if it failed."""
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    process = subprocess.run([sys.executable, *map(str, command)], cwd=folder, capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=folder, env=environment, capture_output=True, text=True
+    )
     seconds, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
     if process.returncode:
         raise ValueError(f"{' '.join(map(str, command))[:80]} failed: {process.stderr.strip().splitlines()[-1]}")
@@ -90,7 +96,7 @@ def write_documents(corpus: str, copies: int, folder: Path) -> None:
     held = []
     with (folder / "documents.jsonl").open("w") as file:
         for _ in range(copies):
-            for text, ends in open_corpus(DataArguments(corpus=corpus)).read():
+            for text, ends, _ in open_corpus(DataArguments(corpus=corpus)).read():
                 held.append(text)
                 if ends:
                     file.write(json.dumps({"text": "".join(held)}) + "\n")
@@ -137,7 +143,7 @@ def bench(corpus: str, copies: int, nanogpt: Path | None, repeats: int) -> None:
                 (folder / "prepare.py").write_text((nanogpt / "data" / "openwebtext" / "prepare.py").read_text())
                 train = (nanogpt / "train.py").resolve(strict=True)
             except OSError as error:
-                raise ValueError(f"--nanogpt={nanogpt} is no checkout of nanoGPT: {first_line(error)}") from None
+                raise ValueError(f"--nanogpt={nanogpt} is no checkout of nanoGPT: {error.strerror}") from None
             prepares["nanoGPT"] = lambda: their_prepare(folder)
             batches["nanoGPT"] = lambda: json.loads(run(folder, "-c", THEIR_BATCHES, train, json.dumps(BATCHES))[0])
         prepared = measure(prepares, repeats)
@@ -157,7 +163,7 @@ def bench(corpus: str, copies: int, nanogpt: Path | None, repeats: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m tokenization.bench",
+        prog="python docs/data_bench.py",
         usage=argparse.SUPPRESS,  # it would stand above each error
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

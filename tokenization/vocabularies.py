@@ -1,0 +1,198 @@
+"""Which tokenizer a flag names: made from the corpus, GPT-2's, of a folder or Hub id, or the characters of a file.
+
+Each is an ordinary fast tokenizer, which AutoTokenizer loads with no code of ours.
+"""
+
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+import tiktoken.load
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from .documents import first_line, read_file
+from .encoders import TiktokenEncoder, make_encoder
+
+END_OF_TEXT = "<|endoftext|>"
+# The trainer of the `tokenizers` library takes hours for a word of a million letters: it is given such parts.
+LONG_WORD = re.compile(r"\S{1000}")
+
+
+def named_tokenizer(name: str) -> PreTrainedTokenizerFast:
+    """The tokenizer that a flag names, unless it is made from the corpus; raises ValueError if there is none."""
+    if name == "gpt2":
+        return make_gpt2_tokenizer()
+    if Path(name).is_file():
+        return read_char_tokenizer(Path(name))
+    return load_tokenizer(name)
+
+
+def load_tokenizer(name: str, flag: str = "tokenizer", revision: str | None = None) -> PreTrainedTokenizerFast:
+    """The tokenizer of the folder or Hub id that a flag names; raises ValueError if there is none."""
+    from transformers import AutoTokenizer  # imports torch, which preparing does not need otherwise
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+    except Exception as error:  # of the Hub, of a broken file, of what a tokenizer_config.json asks for
+        if flag == "tokenizer":
+            allowed = "give char, bpe, gpt2, a text file, or a folder or Hub id with a tokenizer"
+        else:
+            allowed = "it must hold a tokenizer"
+        raise ValueError(f"{flag}={name}: no tokenizer can be loaded ({first_line(error)}); {allowed}") from None
+    if not tokenizer.is_fast:
+        raise ValueError(f"{flag}={name} has no tokenizer.json, nor what one can be made from")
+    if max(tokenizer.get_vocab().values(), default=-1) >= len(tokenizer):
+        raise ValueError(f"{flag}={name} has {len(tokenizer)} tokens, but ids beyond that number")
+    return tokenizer
+
+
+def same_tokenizer(first: PreTrainedTokenizerFast, second: PreTrainedTokenizerFast) -> bool:
+    """Whether two tokenizers turn every text into the same ids, as far as that can be seen."""
+    backends = [first.backend_tokenizer, second.backend_tokenizer]
+    for backend in backends:  # settings that encoding overrides
+        backend.no_padding()
+        backend.no_truncation()
+    if backends[0].to_str() == backends[1].to_str():
+        return True
+    encoders = [make_encoder(backend) for backend in backends]
+    return (
+        all(isinstance(encoder, TiktokenEncoder) for encoder in encoders)
+        and encoders[0].ranks == encoders[1].ranks
+        and (encoders[0].words == encoders[1].words or encoders[0].cuts and encoders[1].cuts)
+        and (len(first), first.eos_token_id) == (len(second), second.eos_token_id)
+    )
+
+
+def check_tokens(
+    tokenizer: PreTrainedTokenizerFast, model_tokenizer: PreTrainedTokenizerFast | None, data_dir: str
+) -> None:
+    """Raise ValueError if a model has learned other tokens than those of the data."""
+    if model_tokenizer is not None and not same_tokenizer(tokenizer, model_tokenizer):
+        name = model_tokenizer.name_or_path
+        raise ValueError(
+            f"data_dir={data_dir} has other tokens than init_from={name} learned: prepare another data_dir with "
+            f"--tokenizer={name}"
+        )
+
+
+def fast_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    """Wrap a tokenizer, with <|endoftext|> as its one special token; what it decodes is left as it is."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        padding_side="left",  # a batch of prompts is continued on its right
+        clean_up_tokenization_spaces=False,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Characters: one token for each character of a text, in nanoGPT's order
+
+
+def characters_of(texts: Iterable[str]) -> list[str]:
+    """The characters that the texts hold, sorted."""
+    seen = np.zeros(0x110000, dtype=bool)
+    for text in texts:
+        seen[np.frombuffer(text.encode("utf-32-le"), dtype="<u4")] = True
+    return [chr(code) for code in np.flatnonzero(seen)]
+
+
+def train_char_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer whose ids are the sorted characters of the texts, then 256 bytes, then <|endoftext|>.
+
+    A character that the texts do not hold is spelled by its UTF-8 bytes, so every string round-trips. It is a BPE
+    without merges: the one model of the library that falls back to bytes.
+    """
+    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
+    vocabulary = {token: i for i, token in enumerate(characters_of(texts) + byte_tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.add_special_tokens([END_OF_TEXT])
+    return fast_tokenizer(tokenizer)
+
+
+def read_char_tokenizer(path: Path) -> PreTrainedTokenizerFast:
+    """The characters of a text file and no other token, as nanoGPT has them: what models trained on its .bin know."""
+    characters = characters_of(text for text, _ in read_file(path, "text", Counter()))
+    tokenizer = Tokenizer(models.WordLevel({character: i for i, character in enumerate(characters)}))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", clean_up_tokenization_spaces=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Byte-level BPE
+
+
+def train_bpe_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A tokenizer of at most vocab_size tokens: <|endoftext|>, 256 bytes, then merges by frequency.
+
+    Text is cut into words by GPT-2's pattern first. Every string round-trips, because every byte is a token.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,  # it leaves empty lines on stdout
+    )
+    tokenizer.train_from_iterator(cut_long_words(texts), trainer)
+    return fast_tokenizer(tokenizer)
+
+
+def cut_long_words(texts: Iterable[str]) -> Iterator[str]:
+    for text in texts:
+        start = 0
+        for word in LONG_WORD.finditer(text):
+            yield text[start : word.end()]
+            start = word.end()
+        yield text[start:]
+
+
+def make_gpt2_tokenizer() -> PreTrainedTokenizerFast:
+    """GPT-2's 50,257 tokens; raises ValueError if tiktoken can neither find nor fetch them."""
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    try:
+        encoding = get_encoding()
+    except (OSError, ValueError) as error:  # OSError: of the network, or of a folder that may not be written
+        raise ValueError(
+            f"tokenizer=gpt2: GPT-2's vocabulary is not on this machine, and tiktoken cannot fetch it "
+            f"({reason_of(error)}): run this once with a network; or set TIKTOKEN_CACHE_DIR to a folder that was "
+            "filled on another machine; or take --tokenizer=bpe, which needs no download"
+        ) from None
+    converter = TikTokenConverter(pattern=encoding._pat_str, extra_special_tokens=[END_OF_TEXT])
+    converter.load_tiktoken_bpe = lambda vocab_file: encoding._mergeable_ranks  # there is no file to read them from
+    return fast_tokenizer(converter.converted())
+
+
+def get_encoding() -> tiktoken.Encoding:
+    """tiktoken's "gpt2"; a line on stderr comes before a download, because tiktoken downloads in silence."""
+    read_file, said = tiktoken.load.read_file, []
+
+    def read_aloud(address: str) -> bytes:
+        if not said:
+            print("fetching GPT-2's vocabulary (1.5 MB) ...", file=sys.stderr, flush=True)
+            said.append(address)
+        return read_file(address)
+
+    tiktoken.load.read_file = read_aloud  # tiktoken calls it only for what its cache lacks
+    try:
+        return tiktoken.get_encoding("gpt2")
+    finally:
+        tiktoken.load.read_file = read_file
+
+
+def reason_of(error: Exception) -> str:
+    """What went wrong, in one line: of a failed connection, the innermost cause alone."""
+    cause = getattr(error.args[0] if error.args else None, "reason", error)
+    return f"{type(error).__name__}: {first_line(cause)}"
