@@ -25,7 +25,7 @@ from modeling_nanogpt import muon, optimization
 from modeling_nanogpt.modeling_nanogpt import NanoGPTPreTrainedModel
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is compared: a base of flags, and under a name the flags and patches by which each variant differs from the base.
+# What is compared: a base of flags, and under a name the flags and patches by which each variant differs from it.
 
 FAST = {
     "optimizer": "muon",

@@ -60,7 +60,7 @@ def needs_of(code):
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """Where a reader stands: a quickstart, much smaller than the recipe's but of its context, and some text."""
+    """The folder of a reader: a quickstart with the context of the recipe, but much smaller, and some texts."""
     folder = tmp_path_factory.mktemp("home")
     train(folder, out_dir=folder / "out/quickstart", tokenizer="bpe", vocab_size=300, block_size=128, max_iters=10)
     text = (folder / "corpus.txt").read_text().replace("slings\n", "slings\n\n")
@@ -69,14 +69,15 @@ def home(tmp_path_factory):
         path = folder / "notes" / name / "a.md"
         path.parent.mkdir(parents=True)
         path.write_text(text)
-    (folder / "input.txt").write_text(text)  # this, and a ckpt.pt: what somebody has who trained with nanoGPT before
+    # files of somebody who has trained with nanoGPT
+    (folder / "input.txt").write_text(text)
     convert(str(folder / "out/quickstart"), folder / "out-shakespeare-char", to="ckpt", tokenizer=None)
     return folder
 
 
 @pytest.fixture
 def at_home(home, monkeypatch):
-    """The reader's folder, this process in it; what a snippet downloads or caches stays there."""
+    """The folder of the reader, as the current one. What a snippet downloads or caches stays in it."""
     monkeypatch.chdir(home)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", home / "cache")
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -85,7 +86,7 @@ def at_home(home, monkeypatch):
 
 
 @pytest.mark.parametrize("code", PYTHON, ids=[code.splitlines()[0] for code in PYTHON])
-@pytest.mark.filterwarnings("ignore")  # of the libraries, about each other
+@pytest.mark.filterwarnings("ignore")  # the libraries warn about each other
 def test_a_python_snippet_runs_and_writes_what_it_names(code, at_home, capsys):
     for package in needs_of(code):
         if importlib.util.find_spec(package) is None:
