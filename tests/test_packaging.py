@@ -1,4 +1,4 @@
-"""What pyproject.toml declares is true, and what is installed from it works without the checkout."""
+"""What pyproject.toml declares is true, and the installed package works without the checkout."""
 
 import ast
 import os
@@ -20,12 +20,12 @@ DECLARED = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 PACKAGES = [ROOT / "train_accelerate.py", *ROOT.glob("modeling_nanogpt/**/*.py"), *ROOT.glob("tokenization/**/*.py")]
 SCRIPTS = [*ROOT.glob("docs/**/*.py"), *ROOT.glob("tests/**/*.py")]
 OURS = {"train_accelerate", "modeling_nanogpt", "tokenization", "hub_configs", "support"}
-# `suite` and `tests` are what tests/conformance/ puts on the path: transformers' own tests.
+# tests/conformance/ puts `suite` and `tests` on the path: transformers' own tests.
 OURS |= {"suite", "tests"}
 
 
 def canonical(name: str) -> str:
-    """A distribution's name as registries compare it."""
+    """The name of a distribution, as registries compare names."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
@@ -40,7 +40,7 @@ EXTRAS = {name: floors(part) for name, part in re.findall(r"^(\w+) = \[(.*?)\](?
 
 
 def imported_by(paths, indented: bool) -> dict[str, set]:
-    """The distributions that files import at once, or in an indented line; and the files."""
+    """The distributions that files import at the top, or in an indented line, and the files."""
     distributions, users = packages_distributions(), {}
     for path in paths:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -78,7 +78,7 @@ def test_what_tests_and_scripts_import_is_declared(indented):
 
 
 def numbers(version: str) -> list[int]:
-    """A version without zeros at its end: 5.0 is 5.0.0."""
+    """A version without the zeros at its end, because 5.0 is 5.0.0."""
     parts = [int(part) for part in version.split(".")]
     while parts[-1] == 0:
         parts.pop()
@@ -103,7 +103,7 @@ def test_ci_runs_the_lowest_version_of_each_requirement():
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """The wheel, built from a copy, so that nothing that an earlier build left here gets into it."""
+    """The wheel. It is built from a copy, so that nothing from an earlier build gets into it."""
     folder = tmp_path_factory.mktemp("wheel")
     left_out = shutil.ignore_patterns(
         ".*", "__pycache__", "*.egg-info", "build", "dist", "data", "out", "tests", "docs"
@@ -118,7 +118,7 @@ def wheel(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory):
-    """An environment with the wheel, which finds everything else where this process does; and an empty folder."""
+    """An environment with the wheel, which takes all other packages from this environment; and an empty folder."""
     folder = tmp_path_factory.mktemp("installed")
     venv.create(folder / "env", with_pip=False)
     python = folder / "env" / "bin" / "python"
@@ -131,7 +131,7 @@ def installed(wheel, tmp_path_factory):
 
 
 def run(installed, command, *arguments):
-    """What an installed command prints; nothing of the checkout is on its path."""
+    """What an installed command prints. Nothing of the checkout is on its path."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(
         [installed.scripts / command, *map(str, arguments)],

@@ -1,4 +1,4 @@
-"""What several test files share, a file a subject. Nothing here is a test."""
+"""What several test files share, one file for each subject. Nothing here is a test."""
 
 from pathlib import Path
 
