@@ -1,4 +1,4 @@
-# make quickstart    set everything up, train the embedded default, print three samples; again: go on, print samples
+# make quickstart    set everything up, train the quickstart recipe (or go on with a stopped run), print three samples
 # make test          set everything up, run the tests
 # make torture       set everything up, kill runs at random moments and resume them (minutes)
 # make conformance   set everything up, run transformers' own model tests on this model (downloads them once)
@@ -11,7 +11,7 @@ BIN := .venv/bin
 
 .PHONY: quickstart test torture conformance style python
 
-# A run that was stopped goes on, and one that is complete is not trained again.
+# A stopped run goes on, and a complete run is not trained again.
 quickstart: .venv/installed
 	$(BIN)/python train_accelerate.py hub_configs/quickstart.yaml \
 		$(if $(wildcard out/quickstart/checkpoints/step-*),--init_from=resume)
@@ -30,8 +30,9 @@ conformance: .venv/installed
 style: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m mypy
 
-# What an interrupted installation leaves behind may look complete to pip, so .venv is then made anew.
+# To pip, an interrupted installation may look complete, so .venv is made anew after an interruption.
 .venv/installed: pyproject.toml constraints.txt | python
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" || { \
 		echo "$(PYTHON) must be Python 3.10 or later: make PYTHON=python3.11 $(MAKECMDGOALS) takes another"; exit 2; }
@@ -41,7 +42,7 @@ style: .venv/installed
 	$(BIN)/python -m pip install -c constraints.txt -e ".[test,dev,fast]"
 	@mv .venv/unfinished $@
 
-# Refuse an environment whose Python is gone, or is not the one that is asked for.
+# Refuse an environment whose Python is gone, or is another Python than PYTHON names.
 python:
 	@[ ! -e .venv/installed ] || $(BIN)/python -c "" || { \
 		echo "the Python that made .venv is gone: remove .venv, and make sets it up anew"; exit 2; }

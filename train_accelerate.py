@@ -53,15 +53,15 @@ class RunArguments:
     decay_fraction: float = knob(0.4, "wsd: last part of lr_decay_iters, in which the rate decays", below=1)
     decay_lr: bool = knob(True, "false: a constant learning rate without warmup")
     warmup_iters: int = knob(2000, "optimizer steps of linear warmup")
-    lr_decay_iters: int | None = knob(None, "optimizer step at which the decay ends (default: max_iters)")
-    min_lr: float | None = knob(None, "learning rate after the decay (default: learning_rate / 10)")
+    lr_decay_iters: int = knob(None, "optimizer step at which the decay ends (default: max_iters)")
+    min_lr: float = knob(None, "learning rate after the decay (default: learning_rate / 10)")
     eval_interval: int = knob(2000, "optimizer steps between evaluations", at_least=1, heading="evaluation and saving")
     eval_tokens: int = knob(0, "tokens evaluated of each split; 0: all of val, and as many of train")
     eval_only: bool = knob(False, "evaluate and stop, without saving")
     log_interval: int = knob(10, "optimizer steps between entries in the log", at_least=1)
-    out_dir: str | None = knob(None, "folder for the model and its checkpoints (default: out/RECIPE)")
+    out_dir: str = knob(None, "folder for the model and its checkpoints (default: out/RECIPE)")
     always_save_checkpoint: bool = knob(True, "save the model after every evaluation; false: if val loss improved")
-    save_interval: int | None = knob(None, "optimizer steps between checkpoints (default: eval_interval)", at_least=1)
+    save_interval: int = knob(None, "optimizer steps between checkpoints (default: eval_interval)", at_least=1)
     keep_checkpoints: int = knob(2, "newest checkpoints to keep", at_least=1)
     max_nonfinite_steps: int = knob(20, "stop after so many steps in a row without a finite gradient", at_least=1)
     report_to: str = knob("none", "trackers, separated by commas: tensorboard, wandb or any other of Accelerate's")
@@ -76,7 +76,7 @@ class RunArguments:
     attn_implementation: Literal["sdpa", "eager", "flex_attention"] = knob("sdpa", "attention function")
     prepare_only: bool = knob(False, "prepare data_dir and stop")
 
-    def __post_init__(self):
+    def __post_init__(self):  # defaults that depend on other knobs
         self.lr_decay_iters = self.max_iters if self.lr_decay_iters is None else self.lr_decay_iters
         self.min_lr = self.learning_rate / 10 if self.min_lr is None else self.min_lr
         self.save_interval = self.eval_interval if self.save_interval is None else self.save_interval
@@ -99,7 +99,6 @@ if __name__ == "__main__":
     # before the imports below, which take seconds: --help and a mistyped flag are answered at once
     ARGUMENTS = parse_arguments(sys.argv[1:])
 
-# ruff: noqa: E402
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -209,7 +208,7 @@ def main(model_args: ModelArguments, data_args: DataArguments, run_args: RunArgu
             model_tokenizer = load_tokenizer(model_args.init_from, "init_from", model_args.revision)
         # the main process prepares the data, then the others find it
         data = launching.main_first(lambda: prepare(data_args, start.config.block_size + 1, model_tokenizer))
-        starting.check_data(start, data.record, data_args.data_dir)
+        starting.check_data(start, data.record, data.folder)
         if run_args.prepare_only:
             return
         pusher = launching.main_first(lambda: hub.start_pusher(run_args, out_dir, accelerator)) if saves else None
@@ -255,8 +254,7 @@ def main(model_args: ModelArguments, data_args: DataArguments, run_args: RunArgu
     log = monitoring.Log(accelerator, trackers, facts, state, bar_visible=not run_args.eval_only)
     size = {"batch_size": run_args.batch_size, "block_size": config.block_size, "accelerator": accelerator}
 
-    def evaluate_both() -> bool:
-        """Evaluate and log both splits. Returns whether the loss on val is the lowest so far."""
+    def evaluate_both() -> bool:  # whether the loss on val is the lowest so far
         hooks.before_evaluation(state.step)  # does nothing outside of tests and experiments
         val_loss = evaluate(model, val, run_args.eval_tokens, **size)
         train_loss = evaluate(model, train, run_args.eval_tokens or len(val), **size)
@@ -264,8 +262,10 @@ def main(model_args: ModelArguments, data_args: DataArguments, run_args: RunArgu
 
     def draw(step: int) -> Windows:
         """All windows of a step, whatever the number of processes."""
-        which = {"order": data_args.windows, "seed": run_args.seed, "step": step}
-        return training_windows(train, count=step_windows, block_size=config.block_size, **which)
+        order, block_size = data_args.windows, config.block_size
+        return training_windows(
+            train, order=order, seed=run_args.seed, step=step, count=step_windows, block_size=block_size
+        )
 
     if run_args.eval_only:
         evaluate_both()

@@ -1,9 +1,9 @@
-"""Trains the fast recipe with one change at a time, over several seeds, and tells what each change does to the loss.
+"""Train the fast recipe with one change at a time, over several seeds, and show what each change does to the loss.
 
-    python docs/ablation.py runs.jsonl cpu --seeds=4 --corpus=tinyshakespeare.txt     run what is not there yet
-    python docs/ablation.py runs.jsonl                                                show what is there
+    python docs/ablation.py runs.jsonl cpu --seeds=4 --corpus=tinyshakespeare.txt     do the missing runs
+    python docs/ablation.py runs.jsonl                                                show the runs in the file
 
-Every run is a line in the file: a run that was killed starts again, one that has finished does not.
+A finished run is a line in the file, and is not repeated. A run that was killed has no line, and starts again.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from modeling_nanogpt import muon, optimization
 from modeling_nanogpt.modeling_nanogpt import NanoGPTPreTrainedModel
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is compared: a base of flags, and by name the flags and patches that differ from it.
+# What is compared: a base of flags, and under a name the flags and patches by which each variant differs from it.
 
 FAST = {
     "optimizer": "muon",
@@ -37,7 +37,8 @@ FAST = {
     "momentum": 0.9,
     "eval_interval": 1_000_000,  # at the end only
 }
-# As it was when the changes below were tried, which it took these from; AdamW's rate was 8 / sqrt(n_embd) of Muon's.
+# The recipe when the changes below were tried. Two of them, beta1 and momentum, are in FAST since then. AdamW's rate
+# was 8 / sqrt(n_embd) times Muon's.
 FIRST = FAST | {"beta1": 0.9, "momentum": 0.95}
 CPU = {"recipe": "hub_configs/shakespeare_char_cpu.yaml"}
 WIDE = {
@@ -74,7 +75,7 @@ def momentum_warmup(steps):
 
 
 def cautious_decay(optimizer, step):
-    """Weight decay only where the update itself makes a weight smaller (Chen et al., 2510.12402)."""
+    """Weight decay only of those weights that the update itself makes smaller (Chen et al., 2510.12402)."""
     groups = [group for group in optimizer.param_groups if group["parts"]]
     before = [[p.detach().clone() for p in group["params"]] for group in groups]
     decays = [group["weight_decay"] for group in groups]
@@ -89,7 +90,7 @@ def cautious_decay(optimizer, step):
 
 
 def row_norms(optimizer, step):
-    """Each neuron's update divided by a running root mean square of its own (NorMuon, 2510.05491)."""
+    """Each neuron's update, divided by the running root mean square of the neuron (NorMuon, 2510.05491)."""
     weights = [p for group in optimizer.param_groups if group["parts"] for p in group["params"]]
     before = [p.detach().clone() for p in weights]
     step(optimizer)
@@ -130,7 +131,7 @@ def around_groups(change):
 
 
 def one_matrix(group):
-    """q, k and v orthogonalised together, as the one matrix in which they lie."""
+    """q, k and v orthogonalised together, as the single matrix that holds them."""
     return group | {"parts": min(group["parts"], 1)}
 
 
@@ -140,7 +141,7 @@ def embeddings_stay(group):
 
 
 def initial_size(std):
-    """A patch that draws initial weights of another standard deviation."""
+    """A patch that draws the initial weights with another standard deviation."""
 
     def patch():
         init_weights = NanoGPTPreTrainedModel._init_weights
@@ -232,7 +233,7 @@ STUDIES = {
 
 
 def train(job: tuple) -> dict:
-    """One run in this process, which a patch may spoil for the next one. Returns its line."""
+    """Do one run and return its line. A patch may change this process, so each run needs a process of its own."""
     study, variant, seed, common, threads = job
     torch.set_num_threads(threads)
     base, variants = STUDIES[study]
@@ -242,7 +243,7 @@ def train(job: tuple) -> dict:
     evaluate, calls = train_accelerate.evaluate, itertools.count()
 
     def evaluate_val(*args, **size):
-        call = next(calls)  # val and train take turns, and only val after the start of the run is looked at here
+        call = next(calls)  # val and train take turns; only val is needed, and not at the start of the run
         return math.nan if call == 0 or call % 2 else evaluate(*args, **size)
 
     train_accelerate.evaluate = evaluate_val
@@ -266,12 +267,12 @@ def train(job: tuple) -> dict:
 
 
 def mean_and_deviation(numbers: list[float]) -> tuple[float, float]:
-    """The mean, and the deviation of a single number."""
+    """The mean of some numbers, and their standard deviation."""
     return statistics.mean(numbers), statistics.stdev(numbers) if len(numbers) > 1 else math.nan
 
 
 def show(study: str, done: list[dict]) -> None:
-    """Print a table of last losses; beside each its difference from `base`, seed by seed, and the mean's own error."""
+    """Print a table of last losses, and beside each the mean difference from `base`, seed by seed, with its error."""
     losses = {variant: {} for variant in STUDIES[study][1]}
     for run in done:
         if run["study"] == study and run["variant"] in losses:

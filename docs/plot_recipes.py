@@ -1,8 +1,8 @@
-"""Draws validation loss against tokens and against seconds from what ablation.py wrote for `recipes`.
+"""Draw validation loss against tokens and against seconds, from the lines that ablation.py wrote for `recipes`.
 
     python docs/plot_recipes.py docs/fast_recipe.jsonl docs/fast_recipe.png
 
-Seconds are steps times the median time of a step, so without evaluation and saving.
+Seconds are steps times the median time of a step, so they do not include evaluation and saving.
 """
 
 import json
@@ -12,9 +12,9 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-TARGET = 1.898  # nats: where one run of nanoGPT's recipe ended
+TARGET = 1.898  # nats: the loss at the end of a run of nanoGPT's recipe
 VARIANTS = ("nanoGPT's", "fast", "fast, 450 steps")
-TIMED = {"fast": "fast, 450 steps"}  # the same step: these runs had the machine for themselves
+TIMED = {"fast": "fast, 450 steps"}  # the same step, but these runs had the machine to themselves
 
 
 def crossing(curve: list[list[float]]) -> float:

@@ -92,23 +92,24 @@ def convert(source: str, destination: Path, to: str, tokenizer: str | None, revi
 
 def choose_tokenizer(source: Source, name: str | None, revision: str | None) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or Hub id, or else the source's own; raises ValueError if the model cannot use it."""
-    if name is None and not source.carries_tokenizer:
+    if name is not None:
+        if Path(name).is_file():
+            raise ValueError(f"--tokenizer={name} is a file, but it must be a folder or a Hub id: {MAKE_A_FOLDER}")
+        revision = None  # --revision is the source's
+    elif source.carries_tokenizer:
+        name = source.name
+    else:
         raise ValueError(
             f"{source.name} carries no tokenizer: name one by --tokenizer. For GPT-2's tokens this is "
             f"openai-community/gpt2; {MAKE_A_FOLDER}"
         )
-    if name is not None and Path(name).is_file():
-        raise ValueError(f"--tokenizer={name} is a file, but it must be a folder or a Hub id: {MAKE_A_FOLDER}")
-    if name is not None:
-        revision = None  # of the source
-    place = name or source.name
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{place} holds no tokenizer ({first_line(error)}): name another by --tokenizer") from None
+        raise ValueError(f"{name} holds no tokenizer ({first_line(error)}): name another by --tokenizer") from None
     if len(tokenizer) > source.config.vocab_size:
         raise ValueError(
-            f"{place} has {len(tokenizer)} tokens, but {source.name} was trained on {source.config.vocab_size} at "
+            f"{name} has {len(tokenizer)} tokens, but {source.name} was trained on {source.config.vocab_size} at "
             "most: name its own tokenizer by --tokenizer"
         )
     return tokenizer
@@ -123,7 +124,7 @@ def whole_folder(destination: Path) -> Iterator[Path]:
         staging.mkdir(parents=True)
         yield staging
         if destination.exists():
-            destination.rmdir()  # it is empty; Windows renames onto no folder
+            destination.rmdir()  # an empty folder; Windows does not rename onto one
         os.rename(staging, destination)
     finally:
         shutil.rmtree(staging, ignore_errors=True)

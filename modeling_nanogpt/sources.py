@@ -187,6 +187,6 @@ def adopt_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     model.generation_config.suppress_tokens = padding or None
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException | str) -> str:
     """What went wrong, without the advice that libraries put below it."""
     return str(error).strip().split("\n")[0]

@@ -1,7 +1,7 @@
-"""No network, a cache of one's own, one thread each, and what a test is handed: a run to look at, a Hub.
+"""Every test runs without the network, with a cache of its own and one thread. Fixtures: a run to look at, a Hub.
 
-What takes seconds to import is imported in the functions below, since one of several pytest processes only hands out
-the tests to the others.
+Modules that take seconds to import are imported in the functions below, because one of several pytest processes only
+hands out the tests to the others.
 """
 
 import os
@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory):
-    """A finished run of the tiny recipe, to read and never to write."""
+    """A finished run of the tiny recipe. Tests only read it."""
     from support.tiny_run import train
 
     return train(tmp_path_factory.mktemp("run"))
@@ -40,7 +40,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def hub():
-    """An empty Hub on loopback, for processes that a test starts by its `run`."""
+    """An empty Hub on loopback, for processes that a test starts with `hub.run`."""
     from support.hub import Hub
 
     with Hub() as hub:

@@ -10,7 +10,7 @@ from importlib.metadata import packages_distributions
 
 import pytest
 
-from support import ROOT
+from support import PATIENCE, ROOT
 
 ROOMS = ("modeling_nanogpt", "tokenization", "train_accelerate")
 FILES = [
@@ -71,7 +71,7 @@ def test_a_room_imports_nothing_of_the_project_but_itself(room):
 
 
 def test_the_model_knows_nothing_of_training_runs():
-    # what a run does around its loop stands on the model's files, and not the other way round
+    # training/ stands on the files of the model, and not the other way round
     training = sorted((ROOT / "modeling_nanogpt" / "training").rglob("*.py"))
     assert len(training) > 8 and any("modeling_nanogpt.sources" in modules_used(path) for path in training)
     others = [path for path in FILES if "modeling_nanogpt" in path.parts and path not in training]
@@ -104,7 +104,7 @@ def test_no_test_file_imports_another():
 
 @pytest.mark.parametrize("name", TRAVELLERS)
 def test_a_file_that_travels_needs_only_what_every_model_needs(name):
-    # transformers copies the relative imports of a file, one folder deep, and expects all else to be installed
+    # transformers copies the relative imports of a file, one folder deep, and expects everything else to be installed
     allowed = {"torch", "transformers", "huggingface_hub", *sys.stdlib_module_names}
     imports = set(imports_of(ROOT / "modeling_nanogpt" / name))
     assert {name.split(".")[0] for dots, name in imports if dots == 0} <= allowed
@@ -119,29 +119,31 @@ def test_the_network_imports_its_shape_relatively():
 # Files
 
 
-def test_no_file_is_named_like_a_library_or_like_a_drawer():
-    # as a script's neighbour, or copied beside a checkpoint, such a file would be imported in the library's place
+def test_no_file_has_the_name_of_a_library_or_a_name_that_says_nothing():
+    # beside a script or a checkpoint, such a file would be imported in place of the library
     ours = {name for name in packages_distributions() if (ROOT / name).exists() or (ROOT / f"{name}.py").exists()}
     taken = (set(packages_distributions()) | set(sys.stdlib_module_names)) - ours
     taken |= {"utils", "util", "common", "helpers", "misc", "tiktoken", "evaluate", "datasets", "tokenizers"}
     assert not {name for module in MODULES for name in module.split(".")} & taken
 
 
-def test_recipes_are_no_code():
+def test_recipes_are_not_code():
     paths = [path for path in (ROOT / "hub_configs").rglob("*") if path.is_file()]
     assert {path.suffix for path in paths} == {".yaml", ".md"}
     assert not any(path.stat().st_mode & 0o111 for path in paths)
 
 
 def tree_of_the_readme():
-    """The modules that the README's tree lists, room by room, as paths."""
+    """The modules that the README's tree lists, as paths. A line belongs to the folders above it with less indent."""
     (tree,) = re.findall(r"```\n(train_accelerate\.py .*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
-    folder = ""
+    folders = {}  # indent -> name
     for line in tree.splitlines():
-        if re.match(r"\w+/", line):
-            folder = line.split()[0]
+        indent = len(line) - len(line.lstrip())
+        folders = {depth: name for depth, name in folders.items() if depth < indent}
+        if folder := re.match(r" *(\w+/)", line):
+            folders[indent] = folder.group(1)
         names = re.match(r" *((?:\w+\.py\s+)*)", line).group(1)
-        yield from ((folder if line.startswith(" ") else "") + name for name in names.split())
+        yield from ("".join(folders.values()) + name for name in names.split())
 
 
 def test_the_readmes_tree_lists_the_modules_that_are_there():
@@ -153,7 +155,7 @@ def test_the_readmes_tree_lists_the_modules_that_are_there():
 # ---------------------------------------------------------------------------------------------------------------------
 # Importing has no effects
 
-# What a module could change behind the back of who imports it. Run in an empty folder; writes what it saw as JSON.
+# What a module could change without being asked. Run in an empty folder; writes what it saw as JSON.
 WATCH = """
 import importlib, json, locale, logging, os, random, signal, sys, warnings
 
@@ -195,7 +197,7 @@ def state():
     }
 """
 
-# One warm process; each module is imported by a child that has the libraries but nothing of the project.
+# One process imports the libraries. Each module is then imported by a child, which has nothing of the project yet.
 ONE_BY_ONE = (
     WATCH
     + """
@@ -232,7 +234,7 @@ for module in sys.argv[2:]:
 """
 )
 
-# A process that has imported nothing before: here the libraries' own imports show as well.
+# A process that has imported nothing before: the effects of the libraries' own imports show here too.
 FRESH = (
     WATCH
     + """
@@ -257,10 +259,10 @@ UNTOUCHED = {
 
 
 def python(script, *arguments, folder):
-    """Run a script in a folder, without bytecode of ours being written; returns the finished process."""
+    """Run a script in a folder, without writing bytecode. Returns the finished process."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-c", script, *map(str, arguments)]
-    process = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    process = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert process.returncode == 0, process.stderr
     assert process.stderr == ""
     return process
@@ -268,7 +270,7 @@ def python(script, *arguments, folder):
 
 @pytest.fixture(scope="module")
 def imports(tmp_path_factory):
-    """The folder that holds what importing each module said, and what it did."""
+    """The folder that holds what each module printed and did when it was imported."""
     folder = tmp_path_factory.mktemp("imports")
     assert python(ONE_BY_ONE, folder, *MODULES, folder=folder).stdout == ""
     return folder

@@ -1,4 +1,4 @@
-"""What a save leaves behind, whole or broken off, and what counts as writable."""
+"""What a save leaves behind, complete or interrupted, and which folders are writable."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""The model in the hands that people put it into: each client does its usual work, and its numbers are the model's."""
+"""The model in other libraries: each client does its usual work, and its numbers are the model's."""
 
 import json
 import math
@@ -31,6 +31,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from modeling_nanogpt import NanoGPTForCausalLM
 from modeling_nanogpt.sources import open_source
+from support import PATIENCE
 from support.models import BLOCK, VOCAB, make_model, make_tokens
 
 CODE = {"configuration_nanogpt.py", "modeling_nanogpt.py"}
@@ -57,7 +58,7 @@ def text_of(run):
 
 
 def make_examples(count=8, length=16, prompt_lengths=(0,)):
-    """Counting up from various numbers, easy to learn; the prompts, of various lengths, are not targets."""
+    """Counting up from various numbers, which is easy to learn. Prompts have various lengths and are not targets."""
     examples = []
     for start in range(count):
         ids = (start + torch.arange(length)) % VOCAB
@@ -117,7 +118,7 @@ def test_sampling_is_repeated_by_its_seed_and_by_no_other():
 
 
 def test_continuous_batching_generates_what_generate_does():
-    # It lays requests of all lengths end to end, and reads its paged cache through arguments for attention alone.
+    # It lays requests of all lengths end to end, and passes its paged cache as arguments that only attention reads.
     model, prompts = make_model(), [make_tokens(length, seed=length) for length in (3, 7, 12)]
     outputs = model.generate_batch(
         [prompt.tolist() for prompt in prompts],
@@ -174,7 +175,7 @@ def test_trainer_learns_and_its_checkpoints_are_whole_models(tmp_path):
 
 
 def test_accumulated_batches_of_trainer_are_one_large_batch(tmp_path):
-    # Micro-batches have different numbers of targets, so that the mean of their means would be another step.
+    # The micro-batches have different numbers of targets, so the mean of their means would be another step.
     examples, weights = make_examples(prompt_lengths=(0, 3, 14)), []
     for size in (8, 2):
         settings = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 8 // size, "max_steps": 1}
@@ -254,7 +255,7 @@ def test_peft_trains_saves_loads_and_merges_a_lora_adapter(tmp_path):
 
 @pytest.fixture
 def sft(run, tmp_path):
-    """TRL's trainer over six lines of the corpus, several of which fit into one packed row."""
+    """TRL's trainer over six lines of the corpus. Several lines fit into one packed row."""
     trl = pytest.importorskip("trl", reason="trl is not installed")
     model, tokenizer = load(run)
     texts = [text_of(run)[start : start + length] for start, length in enumerate((3, 4, 5, 6, 7, 8))]
@@ -391,7 +392,7 @@ def test_onnx_runtime_computes_the_models_logits_for_any_batch_and_length(tmp_pa
 # ---------------------------------------------------------------------------------------------------------------------
 # Several processes, serving
 
-# Run by each of two processes: this script, the model, the folder to save it to, the folder for what was seen.
+# Each of two processes runs this. Arguments: the model, the folder to save it to, the folder for what was seen.
 TENSOR_PARALLEL = """
 import sys
 import torch
@@ -435,7 +436,7 @@ def test_tensor_parallel_over_two_processes_is_the_same_model(tmp_path):
         + [str(tmp_path / "script.py"), str(tmp_path / "model"), str(tmp_path / "again"), str(tmp_path)],
         env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
         check=True,
-        timeout=180,
+        timeout=PATIENCE,
     )
     for rank in (0, 1):
         seen = SimpleNamespace(**torch.load(tmp_path / f"rank{rank}.pt"))
@@ -451,11 +452,11 @@ def test_tensor_parallel_over_two_processes_is_the_same_model(tmp_path):
 
 
 def test_an_emulation_of_vllms_transformers_backend_computes_the_models_logits(tmp_path, monkeypatch):
-    """An emulation, not vLLM: what its backend asks of a model, and does with it, on one process.
+    """This is not vLLM. It does with the model, in one process, what vLLM's Transformers backend does.
 
-    It builds the base model from the configuration, puts its own layers in place of each nn.Linear, loads the weights
-    by their names in the file, and runs requests end to end as one row, through its own attention, which gives back
-    (tokens, heads * width) and gets what it needs as an argument that only passes through the model.
+    The backend builds the base model from the configuration, puts layers of its own in place of each nn.Linear, and
+    loads the weights by their names in the file. It lays requests end to end in one row. Its own attention returns
+    (tokens, heads * width), and gets what it needs as an argument that the model only passes on.
     """
     model, prompts = make_model(bias=True), [make_tokens(length, seed=length) for length in (5, 9, 3)]
     model.save_pretrained(tmp_path)

@@ -6,13 +6,15 @@ import sys
 
 import pytest
 
-from support import ROOT
+from support import PATIENCE, ROOT
 
 MODULES = {
+    "train": "train_accelerate",
     "sample": "modeling_nanogpt.sample",
     "convert": "modeling_nanogpt.convert",
     "prepare": "tokenization.prepare",
 }
+PROGRAMS = {name: f"python -m {module}" for name, module in MODULES.items()} | {"train": "train_accelerate.py"}
 
 
 def python(*words, folder):
@@ -23,7 +25,7 @@ def python(*words, folder):
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
     )
     lines = process.stderr.splitlines()
     imported = {line.split("|")[-1].strip() for line in lines if line.startswith("import time:")}
@@ -45,12 +47,12 @@ def by_script(name):
 def test_help_and_a_mistyped_flag_are_answered_before_torch_is_imported(name, start, tmp_path):
     status, shown, said, imported = python(*start(name), "--help", folder=tmp_path)
     assert (status, said) == (0, [])
-    assert shown.startswith(f"usage: python -m {MODULES[name]} ")
+    assert shown.startswith(f"usage: {PROGRAMS[name]} ")
     assert not {"torch", "transformers"} & imported
 
     status, shown, said, imported = python(*start(name), "a", "b", "--tokeniser=c", folder=tmp_path)
     assert (status, shown) == (2, "")
-    assert len(said) == 1 and said[0].startswith(f"python -m {MODULES[name]}: error: ")
+    assert len(said) == 1 and said[0].startswith(f"{PROGRAMS[name]}: error: ")
     assert not {"torch", "transformers"} & imported
 
 

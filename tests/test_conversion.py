@@ -72,7 +72,7 @@ def write_ckpt(path: Path, source: NanoGPTForCausalLM, prefix: str = "", **more)
 
 
 def make_tokenizer(folder: Path, text: str, kind: str = "char") -> str:
-    """A data_dir, in this folder, that holds the tokenizer."""
+    """A data_dir in this folder, which holds the tokenizer."""
     corpus = folder / "corpus.txt"
     corpus.write_text(text)
     arguments = DataArguments(corpus=str(corpus), tokenizer=kind, data_dir=str(folder / "data"), val_fraction=0.5)
@@ -102,6 +102,18 @@ def test_a_nanogpt_checkpoint_has_the_logits_of_the_definition(tmp_path, bias, p
     weights = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
     expected = reference_logits(weights, IDS, exact_gelu)
     torch.testing.assert_close(logits(loaded), expected.detach(), atol=1e-5, rtol=1e-5)
+
+
+def test_a_checkpoint_is_read_once_for_its_shape_and_its_weights(tmp_path, monkeypatch):
+    model = ours()
+    path = write_ckpt(tmp_path / "ckpt.pt", model)
+    read, reads = torch.load, []
+    monkeypatch.setattr(torch, "load", lambda path, **options: reads.append(path) or read(path, **options))
+    for name in (path, tmp_path):  # the file, or the folder that it is in
+        source = open_source(str(name))
+        assert source.config.n_embd == 32 and not source.carries_tokenizer
+        assert torch.equal(logits(source.model(source.config).eval()), logits(model))
+    assert reads == [path, path]
 
 
 def test_old_mask_buffers_are_left_out(tmp_path):
@@ -192,8 +204,8 @@ def test_a_stock_gpt2_has_our_logits(tmp_path, monkeypatch, tokenizer, bias, act
     "forgotten", ["attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight"]
 )
 def test_each_of_the_four_matrices_is_transposed(monkeypatch, forgotten):
-    # a square matrix is the dangerous one: it loads without a word if it is not transposed
-    model = gpt2(n_inner=32, n_embd=32)  # square matrices in the MLP as well: only the numbers can tell
+    # a square matrix loads without an error even if it is not transposed
+    model = gpt2(n_inner=32, n_embd=32)  # the matrices of the MLP are square too, so only the logits can tell
     kept = tuple(name for name in conversion.TRANSPOSED if name != forgotten)
     config = conversion.config_from_gpt2(model.config)
     right = weights_from_gpt2(model.state_dict())
@@ -334,7 +346,7 @@ def test_the_end_of_text_serves_for_beginning_and_padding_if_the_tokenizer_has_n
 
 
 def prepared(run, **flags) -> dict:
-    """Flags for a run on the data of another one."""
+    """Flags for a run on the data of another run."""
     shape = dict.fromkeys(("block_size", "n_layer", "n_head", "n_embd"))
     data = {"corpus": run.data_dir.parent / "corpus.txt", "data_dir": run.data_dir}
     return {key: "" if value is None else value for key, value in (shape | data | flags).items()}
@@ -344,7 +356,7 @@ def prepared(run, **flags) -> dict:
 def test_training_goes_on_from_gpt2_and_from_nanogpt(run, tmp_path, monkeypatch, to):
     run_convert(monkeypatch, run.out_dir, tmp_path / "other", "--to", to)
     more = train(tmp_path, **prepared(run, init_from=tmp_path / "other", max_iters=2))
-    assert more.val_losses[0] == pytest.approx(run.val_losses[-1], abs=2e-2)  # padding of the vocabulary is gone
+    assert more.val_losses[0] == pytest.approx(run.val_losses[-1], abs=2e-2)  # the vocabulary is no longer padded
     assert AutoModelForCausalLM.from_pretrained(more.out_dir).config.bias == (to == "gpt2")
 
 

@@ -3,6 +3,7 @@
 import bz2
 import csv
 import gzip
+import importlib.util
 import io
 import json
 import lzma
@@ -524,16 +525,17 @@ def test_what_cannot_be_read_is_named_in_one_line(tmp_path, name, content, said)
     assert "\n" not in str(raised.value) and str(path) in str(raised.value)
 
 
-def test_zstd_without_its_library_says_which(tmp_path):
-    try:
-        import zstandard
-    except ImportError:
-        path = write(tmp_path / "a.txt.zst", b"(\xb5/\xfd")
-        with pytest.raises(ValueError, match="pip install zstandard"):
-            read(path)
-    else:
-        path = write(tmp_path / "a.txt.zst", zstandard.ZstdCompressor().compress(b"a\r\nb"))
-        assert read(path) == ["a\r\nb"]
+@pytest.mark.skipif(importlib.util.find_spec("zstandard") is not None, reason="zstandard is installed")
+def test_a_zst_file_without_zstandard_names_the_extra(tmp_path):
+    path = write(tmp_path / "a.txt.zst", b"(\xb5/\xfd")
+    with pytest.raises(ValueError, match=r'pip install "nanogpt-hf\[zstd\]", or unpack it'):
+        read(path)
+
+
+def test_a_zst_file_is_read(tmp_path):
+    zstandard = pytest.importorskip("zstandard", reason="zstandard is not installed")
+    path = write(tmp_path / "a.txt.zst", zstandard.ZstdCompressor().compress(b"a\r\nb"))
+    assert read(path) == ["a\r\nb"]
 
 
 def test_a_text_in_place_of_its_name_is_refused():

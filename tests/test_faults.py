@@ -1,6 +1,6 @@
 """What may go wrong while a run is under way: the disk, the numbers, the memory, a tracker, a signal.
 
-Training goes on where it can; else one line says what to do, and the newest good checkpoint is there to go on from.
+Training goes on if it can. If not, one line says what to do, and the newest good checkpoint is there to go on from.
 """
 
 import json
@@ -50,7 +50,7 @@ def assert_same_weights(out_dir, unbroken):
 
 
 def start_run(folder, out_dir, *flags, **options):
-    """Start the run in a process of its own; returns it, and the file with what it says."""
+    """Start the run in a process of its own. Returns the process and the file with its output."""
     log = out_dir.with_suffix(".log")
     recipe = recipe_of(folder, **FLAGS)
     return start(recipe, log, f"--out_dir={out_dir}", *flags, **options), log
@@ -66,7 +66,7 @@ def lines_with(word, log):
 
 @pytest.fixture
 def disk(tmp_path):
-    """A small disk of its own, of 9 MB, which is more than the runs below need."""
+    """A disk of 9 MB, which is more than the runs below need."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=9m", "tmpfs", folder]
@@ -78,7 +78,7 @@ def disk(tmp_path):
 
 def test_a_full_disk_stops_no_training_and_spoils_nothing(disk, folder, unbroken):
     out_dir = disk / "out"
-    subprocess.run(["mount", "-o", "remount,size=1200k", disk], check=True)  # two checkpoints, a model, no more
+    subprocess.run(["mount", "-o", "remount,size=1200k", disk], check=True)  # room for two checkpoints and a model
     process, log = start_run(folder, out_dir, "--keep_checkpoints=9")
     assert finish(process) == [1]
     assert "step 12: train loss" in log.read_text()
@@ -88,7 +88,7 @@ def test_a_full_disk_stops_no_training_and_spoils_nothing(disk, folder, unbroken
     assert "Traceback" not in log.read_text() and "the model is in" not in log.read_text()
     assert not list(out_dir.rglob(".saving"))
     AutoModelForCausalLM.from_pretrained(out_dir)
-    # with more room, it goes on
+    # with more room, the run goes on
     subprocess.run(["mount", "-o", "remount,size=9m", disk], check=True)
     process, _ = start_run(folder, out_dir, "--init_from=resume")
     assert finish(process) == [0]
@@ -96,13 +96,13 @@ def test_a_full_disk_stops_no_training_and_spoils_nothing(disk, folder, unbroken
 
 
 def limit_file_size(size: int) -> None:
-    """From now on, files that grow larger than `size` bytes (-1: than anything) fail to be written."""
+    """From now on, writing a file fails if the file grows beyond `size` bytes (-1: no limit)."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
 @pytest.mark.parametrize(("size", "lost"), [(10_000, "the model"), (200_000, "the checkpoint")])
-def test_a_save_that_fails_is_made_up_for_by_the_next(folder, tmp_path, unbroken, size, lost):
-    # no model larger than that can be written during steps 3 and 4, or no checkpoint
+def test_the_next_save_makes_up_for_one_that_failed(folder, tmp_path, unbroken, size, lost):
+    # from step 2 to 6, the smaller limit is too small for the model, the larger one for a checkpoint
     before = ((at_step, 2, limit_file_size, size), (at_step, 6, limit_file_size, -1))
     process, log = start_run(folder, tmp_path / "out", before=before)
     assert finish(process) == [0]
@@ -114,7 +114,7 @@ def test_a_save_that_fails_is_made_up_for_by_the_next(folder, tmp_path, unbroken
 
 
 @pytest.mark.parametrize("last", ["end", "signal"])
-def test_a_last_save_that_fails_is_no_success(folder, tmp_path, last):
+def test_a_run_whose_last_save_fails_exits_with_an_error(folder, tmp_path, last):
     before = ((at_step, 11, limit_file_size, 200_000),)
     if last == "signal":
         before += ((at_step, 11, send_itself, signal.SIGTERM),)
@@ -168,7 +168,7 @@ def spoil(monkeypatch):
             if self.training and hooks.step in steps:
                 if how == "loss":
                     output.loss = output.loss * float("nan")
-                else:  # the loss is right, and the gradient of the positions is not
+                else:  # the loss is finite, but the gradient of the positions is not
                     output.loss.register_hook(lambda gradient: overflow(self.transformer.wpe.weight))
             return output
 
@@ -182,7 +182,7 @@ def spoil(monkeypatch):
 
 
 def tensors_of(checkpoint):
-    """All tensors in a checkpoint, weights, moments and counts of steps, under their paths."""
+    """All tensors in a checkpoint (weights, moments, counts of steps) under their paths."""
 
     def leaves(value, path):
         if isinstance(value, dict):
@@ -226,7 +226,7 @@ def test_a_run_that_only_skips_stops_with_its_last_good_checkpoint(folder, tmp_p
     flags = FLAGS | {"max_nonfinite_steps": 3, "max_iters": 99, "lr_decay_iters": 12}
     with pytest.raises(SystemExit) as stop:
         train(folder, hooks, out_dir=out_dir, **flags)
-    (line,) = stop.value.code.splitlines()  # with which Python exits with status 1
+    (line,) = stop.value.code.splitlines()  # Python prints it and exits with status 1
     assert "stopped after 3 such steps in a row" in line
     assert line.endswith(f"the last good checkpoint: {out_dir / 'checkpoints' / 'step-00000006'}")
     assert all(tensor.isfinite().all() for tensor in tensors_of(newest_complete(out_dir)).values())
@@ -253,7 +253,7 @@ def test_steps_in_a_row_are_counted_across_a_resume(folder, tmp_path, spoil):
 
 
 def limit_memory(megabytes: int) -> None:
-    """Let this process have so much more memory than it has now."""
+    """Allow this process so many more megabytes of memory than it has now."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + megabytes * 2**20
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -289,7 +289,7 @@ def test_what_helps_keeps_the_global_batch(batch_size, checkpointing, said):
 
 
 def find_largest(path: str) -> None:
-    """Try micro-batches of 16 MB a window where there are 110 MB."""
+    """Try micro-batches that need 16 MB for each window, with 110 MB of memory."""
     limit_memory(110)
     tried = []
 
@@ -364,7 +364,7 @@ def test_sigusr1_saves_and_goes_on(folder, tmp_path, unbroken):
 
 
 def two_signals(pause: float) -> None:
-    """SIGTERM twice while a step is under way that takes longer than anybody waits."""
+    """SIGTERM twice, during a step that takes longer than anybody waits."""
     send_itself(signal.SIGTERM)
     time.sleep(pause)
     send_itself(signal.SIGTERM)
@@ -380,13 +380,13 @@ def test_a_second_signal_quits_at_once(folder, tmp_path, unbroken):
     assert_same_weights(tmp_path / "out", unbroken)
 
 
-def test_a_signal_that_a_launcher_passes_on_is_no_second_one(folder, tmp_path):
+def test_a_signal_that_a_launcher_passes_on_does_not_count_as_a_second_one(folder, tmp_path):
     process, log = start_run(folder, tmp_path / "out", before=((at_step, 5, two_signals, 0.1),))
     assert finish(process) == [143]
     assert lines_with("stopped by a signal after step 6", log)
 
 
-def test_a_signal_amid_printing_does_no_harm(folder, tmp_path):
+def test_a_signal_while_printing_does_no_harm(folder, tmp_path):
     windows = tmp_path / "windows"
     process, log = start_run(folder, tmp_path / "out", "--max_iters=4000", before=((log_windows, str(windows)),))
     while not windows.exists() or windows.read_text().count("\n") < 5:
@@ -406,7 +406,7 @@ def test_a_signal_amid_printing_does_no_harm(folder, tmp_path):
 
 @pytest.fixture
 def recorder():
-    """A tracker of the tests' own, which remembers what it is told, and may fail anywhere."""
+    """A tracker for the tests: it remembers what it gets, and can fail in any of its methods."""
 
     class Recorder(GeneralTracker):
         name = "recorder"
@@ -471,7 +471,7 @@ def test_one_of_several_trackers_may_fail(folder, tmp_path, recorder):
 
 
 def scalars_of(out_dir):
-    """What tensorboard itself reads in a run's folder: step and value by name."""
+    """What tensorboard reads in the folder of a run: steps and values by name."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     found = {}
@@ -496,7 +496,7 @@ def test_nothing_is_reported_unless_asked_for(unbroken):
     assert not (unbroken.out_dir / "runs").exists() and (unbroken.out_dir / "history.jsonl").exists()
 
 
-def test_a_tracker_that_is_none_is_refused(folder, tmp_path):
+def test_an_unknown_tracker_is_refused(folder, tmp_path):
     with pytest.raises(
         SystemExit, match="report_to=tensorbored, but it must be none, or trackers out of .*wandb"
     ) as stop:

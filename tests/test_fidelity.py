@@ -74,7 +74,7 @@ def make_batches(count):
 
 @pytest.fixture
 def fresh_accelerator_state():
-    """Accelerate's state is shared by the whole process, and other tests may have set it otherwise."""
+    """The whole process shares Accelerate's state, and other tests may have changed it."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     yield
@@ -154,8 +154,8 @@ def test_same_weights_after_fifty_steps_of_adamw(bias, accumulation, fresh_accel
     for name, parameter in model.named_parameters():
         ours, reference = parameter.detach(), expected[name]
         if name.endswith("c_attn.bias"):
-            # The keys' bias adds the same to all scores of a query: softmax undoes it, its gradient is rounding noise,
-            # and Adam scales noise up to full steps. The other two thirds, queries and values, are compared.
+            # The bias of the keys adds the same to all scores of a query. Softmax undoes this, so the gradient is
+            # rounding noise, and Adam scales noise up to full steps. The biases of queries and values are compared.
             ours, reference = (torch.cat([x[:WIDTH], x[2 * WIDTH :]]) for x in (ours, reference))
         assert_close(ours, reference, atol=1e-4, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
     tokens, _ = batches[0]

@@ -29,7 +29,7 @@ def vocabulary_files() -> dict[str, bytes]:
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """The two files on loopback; `asked` holds the paths of all requests, `broken` are files to answer otherwise."""
+    """The two files on loopback. `asked` holds the paths of all requests, and `broken` holds wrong answers by file."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Answer)
@@ -49,7 +49,7 @@ class Answer(http.server.BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def log_message(self, *arguments):
-        """Say nothing: what a test reads on stderr is tiktoken's and ours."""
+        """Say nothing, because a test reads stderr, which must hold only what tiktoken and the project say."""
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def server(tmp_path, monkeypatch):
 
 
 def forget():
-    """What another process would know: the files in the cache, and nothing else."""
+    """Forget everything but the files in the cache, as another process would."""
     tiktoken.registry.ENCODINGS.clear()
 
 

@@ -75,7 +75,7 @@ def test_an_overflow_skips_the_step_and_lowers_the_scale():
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    while True:  # until the scale has come down to where nothing overflows by itself
+    while True:  # until the scale is so low that nothing overflows by itself
         step(None)
         if not accelerator.optimizer_step_was_skipped:
             break
@@ -122,7 +122,7 @@ def test_gradients_are_finite_at_every_length(length):
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
-def test_sampling_on_a_gpu_says_what_it_says_on_a_cpu(float32_run):
+def test_sampling_gives_the_same_text_on_a_gpu_as_on_a_cpu(float32_run):
     model = AutoModelForCausalLM.from_pretrained(float32_run.out_dir).eval()
     tokenizer = AutoTokenizer.from_pretrained(float32_run.out_dir)
     prompt = tokenizer("to be ", return_tensors="pt").input_ids

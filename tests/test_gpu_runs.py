@@ -39,7 +39,7 @@ def float32_run(folder):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_200_steps_of_16_bits_stay_close_to_float32(folder, float32_run, dtype):
     run = train(folder, out_dir=folder / dtype, dtype=dtype, **LONG)
-    for step in range(20, 200, 20):  # a few steps at a time, as single ones are noisy
+    for step in range(20, 200, 20):  # a few steps at a time, because a single step is noisy
         ours, theirs = (
             [loss for loss in each.losses[step : step + 20] if loss is not None] for each in (run, float32_run)
         )
@@ -102,7 +102,7 @@ def small_memory(fraction: float) -> None:
 
 @pytest.fixture
 def two_gigabytes():
-    """As if the GPU had no more."""
+    """Limit the memory, as if the GPU had no more."""
     small_memory(2 * 2**30 / torch.cuda.get_device_properties(0).total_memory)
     yield
     small_memory(1.0)

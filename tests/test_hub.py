@@ -22,8 +22,8 @@ from support.tiny_run import TINY, train, write_recipe
 SHORT = {"max_iters": 10, "lr_decay_iters": 20, "eval_interval": 5, "dropout": 0.1}  # half of a run
 TRACKER = "tensorboard" if is_tensorboard_available() else "none"
 
-# Several commands in one process, since importing takes longer than they do: each is [module, argument, ...], and
-# prints what it says between two lines.
+# Several commands in one process, because importing takes longer than the commands: each is [module, argument, ...],
+# and its output stands between two lines.
 COMMANDS = """
 import json, runpy, sys
 from accelerate.state import AcceleratorState, GradientState
@@ -46,7 +46,7 @@ def python(hub, home, code, token="hf_alice"):
 
 
 def run_commands(hub, home, commands, token="hf_alice"):
-    """What each command said on stdout."""
+    """What each command printed."""
     home.mkdir()
     (home / "commands.json").write_text(json.dumps([[str(word) for word in command] for command in commands]))
     environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -56,7 +56,7 @@ def run_commands(hub, home, commands, token="hf_alice"):
 
 
 def run_trainer(hub, home, token="hf_alice", **flags):
-    """A process that trains on a machine of its own, in `home`."""
+    """A process that trains in `home`, as if on a machine of its own."""
     home.mkdir()
     flags = {"data_dir": home / "data", "out_dir": home / "out"} | TINY | SHORT | flags
     recipe = write_recipe(home / "recipe.yaml", **flags)
@@ -78,7 +78,7 @@ def shared():
 
 @pytest.fixture(scope="module")
 def first(shared, corpus, tmp_path_factory):
-    """Half of a run, on the first machine, which pushed it; returns its home."""
+    """Half of a run, done and pushed by the first machine. Returns that machine's home."""
     home = tmp_path_factory.mktemp("machines") / "first"
     flags = {"push_to_hub": True, "hub_model_id": "alice/run", "hub_strategy": "checkpoint", "report_to": TRACKER}
     done = run_trainer(shared, home, corpus=corpus, **flags)
@@ -224,7 +224,7 @@ def test_a_run_that_is_resumed_on_another_machine_is_the_run_that_would_have_bee
     assert repository.files["model.safetensors"] == weights
     assert {name.split("/")[1] for name in repository.files if name.startswith("last-")} == {"step-00000020"}
     assert (out / "notes.txt").read_bytes() == repository.files["notes.txt"] == b"of a person"
-    if TRACKER == "tensorboard":  # those of both machines
+    if TRACKER == "tensorboard":  # the entries of both machines
         assert sum("tfevents" in name for name in repository.files) >= 2
 
 

@@ -1,4 +1,4 @@
-"""A folder goes to the Hub in the background; what may go wrong there is a line, and never a stop."""
+"""A folder goes to the Hub in the background. If something goes wrong there, a line says so, and nothing stops."""
 
 import re
 import shlex
@@ -10,8 +10,8 @@ import pytest
 
 from support import ROOT
 
-# What each process below begins with: a run that saves, without the training. The package's __init__, which takes
-# seconds to import torch and transformers, is left out.
+# How each process below begins: a run that saves, without the training. The package's __init__ is left out, because it
+# imports torch and transformers, which takes seconds.
 RUN = (
     f"""
 import sys, types
@@ -49,14 +49,14 @@ def start(hub, home, code, token="hf_alice", **more):
 
 
 def pushed(hub, home, code, token="hf_alice"):
-    """What such a process said, on both streams, if it ended as it should."""
+    """What such a process printed on both streams. It must have ended without an error."""
     done = start(hub, home, code, token)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines(), done.stderr.splitlines()
 
 
 def step_of(repository, name="model.safetensors"):
-    """Of which save a file in the repository is, after a look at all of it."""
+    """The save from which a file in the repository comes. The whole file must come from one save."""
     content = repository.files[name].decode()
     (step,) = set(re.findall(r"of step (\d+)", content))
     assert content == f"{name} of step {step}" * 1000
@@ -89,7 +89,7 @@ def test_each_save_is_one_commit_of_what_was_saved(hub, tmp_path):
     assert not warned
 
 
-def test_of_the_saves_that_wait_the_newest_is_pushed_and_none_changes_on_its_way(hub, tmp_path):
+def test_only_the_newest_waiting_save_is_pushed_and_no_save_changes_meanwhile(hub, tmp_path):
     hub.delay("POST .*/run/commit/", 1.0)
     hub.delay("POST /alice/run.git", 0.5)
     pushed(
@@ -185,7 +185,7 @@ def test_an_upload_that_is_cut_off_is_begun_again(hub, tmp_path):
     assert step_of(hub.model("alice/run")) == 1 and not warned
 
 
-def test_what_failed_last_is_tried_once_more_at_the_end(hub, tmp_path):
+def test_a_failed_last_push_is_tried_once_more_at_the_end(hub, tmp_path):
     hub.fail("POST .*/commit/", 500)
     _, warned = pushed(hub, tmp_path, 'run = Run("alice/run")\nrun.save(1)\nrun.pusher.finish()')
     assert len(warned) == 1 and step_of(hub.model("alice/run")) == 1
@@ -331,12 +331,12 @@ def test_notes_written_on_the_hub_survive_a_push_unless_there_are_others_here(hu
     """
     pushed(hub, tmp_path, write.format(card.format("new\n", "")))
     assert hub.model("alice/run").files["README.md"].decode() == card.format("new\n", "theirs\n")
-    assert (tmp_path / "out/run/README.md").read_text() == card.format("new\n", "")  # the copy alone was changed
+    assert (tmp_path / "out/run/README.md").read_text() == card.format("new\n", "")  # only the copy was changed
     pushed(hub, tmp_path, write.format(card.format("new\n", "mine\n")))
     assert hub.model("alice/run").files["README.md"].decode() == card.format("new\n", "mine\n")
 
 
-def test_no_token_is_said(hub, tmp_path):
+def test_no_token_is_printed(hub, tmp_path):
     hub.fail("POST .*/commit/", 500, times=3, **{"X-Error-Message": "hf_alice may not"})
     said, warned = pushed(hub, tmp_path, 'run = Run("alice/run")\nrun.save(1)\nrun.pusher.finish()')
     assert any("(the token) may not" in line for line in warned)

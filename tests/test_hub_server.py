@@ -9,7 +9,7 @@ from support import ROOT
 
 
 def client(hub, home, code, token="hf_alice"):
-    """What a process prints that knows this Hub alone."""
+    """What a process prints that knows only this Hub."""
     done = hub.run(home, [sys.executable, "-c", textwrap.dedent(code)], token, PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -156,7 +156,7 @@ def test_who_may_read_and_write_what(hub, tmp_path):
     hidden = "401 RepositoryNotFoundError"
     answers = {
         "hf_alice": ["ok", "ok", "ok", "ok", forbidden, "ok"],
-        # alice/new is there by now, and public: create_repo asks for no more, with exist_ok
+        # alice/new exists by now and is public: with exist_ok, create_repo is content with that
         "hf_alice_reads": ["ok", "ok", "ok", "ok", forbidden, forbidden],
         "hf_bob": ["ok", missing, "ok", "ok", "ok", missing],
         "hf_nobody": [refused] * 6,

@@ -16,7 +16,7 @@ from support.runs import launch, recipe_of
 
 FOLDER = ROOT / "hub_configs" / "accelerate"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+CHAPTER = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
 
 
 def test_all_of_them_are_tested():
@@ -67,8 +67,8 @@ def test_two_machines_meet_where_the_command_says():
     assert environment["rdzv_endpoint"] == "10.1.2.3:29500"
 
 
-def test_the_readme_names_each_of_them():
-    assert set(re.findall(r"hub_configs/accelerate/(\w+)\.yaml", README)) == set(NAMES)
+def test_the_chapter_on_training_names_each_of_them():
+    assert set(re.findall(r"hub_configs/accelerate/(\w+)\.yaml", CHAPTER)) == set(NAMES)
 
 
 def test_the_cpu_configuration_trains(tmp_path):

@@ -1,6 +1,6 @@
-"""make: an interrupted installation or run is taken up again, and what cannot be done is one line.
+"""make goes on after an interrupted installation or run, and refuses in one line what it cannot do.
 
-The Makefile is the real one. A script stands in for Python, so that nothing is installed: it notes what it was asked.
+The Makefile is the real one. A script takes the place of Python and notes its arguments, so nothing is installed.
 """
 
 import os
@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from support import PATIENCE, ROOT
+
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 
-# `-m venv` copies the script to where a virtual environment has its Python. $SLOW names what takes long.
+# `-m venv` copies the script to the place of Python in a virtual environment. $SLOW names the call that takes long.
 PYTHON = """#!/bin/sh
 [ "$1" = -V ] && { echo "Python VERSION"; exit; }
 [ "$1" = -c ] && exit STATUS
@@ -40,7 +41,7 @@ def write_python(folder: Path, name: str, version: str) -> None:
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A folder with the Makefile, at a path with a space and other letters than ASCII's."""
+    """A folder with the Makefile. Its path holds a space, and letters that are not ASCII."""
     folder = tmp_path / "Käse & Brot" / "nano gpt"
     folder.mkdir(parents=True)
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
@@ -59,23 +60,23 @@ def start(folder: Path, *command: str, slow: str = "nothing") -> subprocess.Pope
 
 
 def make(folder: Path, *arguments: str) -> tuple[int, str, list[str]]:
-    """The exit status of make, what it printed, and what Python was asked for meanwhile."""
+    """The exit status of make, its output, and the arguments of each call of Python."""
     (folder / "calls").unlink(missing_ok=True)
     process = start(folder, "make", *arguments)
-    said, _ = process.communicate(timeout=60)
+    said, _ = process.communicate(timeout=PATIENCE)
     calls = folder / "calls"
     return process.returncode, said, calls.read_text().splitlines() if calls.exists() else []
 
 
 def interrupt(folder: Path, *arguments: str, slow: str) -> None:
-    """Ctrl-C as a terminal sends it, to make and all that it started, while Python does what `slow` names."""
+    """Ctrl-C, as a terminal sends it to make and its children, during the call of Python that `slow` names."""
     process = start(folder, "make", *arguments, slow=slow)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE
     while not (folder / "started").exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)
-    process.communicate(timeout=30)
+    process.communicate(timeout=PATIENCE)
     assert process.returncode != 0
 
 
@@ -112,7 +113,7 @@ def test_an_interrupted_run_leaves_the_installation_alone(checkout):
 
 
 def test_an_environment_of_the_users_own_is_kept(checkout):
-    assert start(checkout, "python3", "-m", "venv", ".venv").wait(timeout=30) == 0  # as the README has it
+    assert start(checkout, "python3", "-m", "venv", ".venv").wait(timeout=PATIENCE) == 0  # as the README has it
     own = checkout / ".venv" / "own-package"
     own.touch()
     assert make(checkout, "test")[2] == [INSTALL[1], "-m pytest"]
@@ -122,7 +123,7 @@ def test_an_environment_of_the_users_own_is_kept(checkout):
 def test_another_python_is_taken_for_a_new_environment(checkout):
     assert make(checkout, "test", "PYTHON=python3.12")[2] == [*INSTALL, "-m pytest"]
     assert make(checkout, "test", "PYTHON=python3.12")[2] == ["-m pytest"]
-    assert make(checkout, "test")[2] == ["-m pytest"]  # without PYTHON, the one that is there
+    assert make(checkout, "test")[2] == ["-m pytest"]  # without PYTHON, the environment that is there
 
 
 @pytest.mark.parametrize("outdated", [False, True])

@@ -19,7 +19,7 @@ import pytest
 import tiktoken
 from transformers import AutoTokenizer, DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
-from support import ROOT
+from support import PATIENCE, ROOT
 from support.data_dirs import files_of, prepare_flags, stored_ids
 from support.models import make_model
 from support.needs import needs_gpt2, needs_shakespeare
@@ -557,7 +557,7 @@ def test_progress_is_shown_where_somebody_watches(corpora, tmp_path):
     with suppress(OSError):  # which is how a screen ends
         while part := os.read(screen, 2**12):
             shown += part
-    out, _ = child.communicate(timeout=60)
+    out, _ = child.communicate(timeout=PATIENCE)
     os.close(screen)
     assert child.returncode == 0
     assert b"100%" in shown and re.search(rb"[1-9][\d.]* examples/s", shown)

@@ -25,7 +25,7 @@ ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh")
 
 
 def make_window(batch, length, seed=1):
-    """Inputs and targets (B, T) cut from T + 1 tokens; the targets contiguous, as the loss wants them."""
+    """Inputs and targets (B, T), cut from T + 1 tokens. The targets are contiguous, as the loss needs them."""
     window = make_tokens(batch, length + 1, seed=seed)
     return window[:, :-1].contiguous(), window[:, 1:].contiguous()
 
@@ -51,7 +51,7 @@ def is_tied(model):
 
 @pytest.fixture
 def accelerator():
-    """A fresh Accelerator: its state is shared by the whole process, and other tests may have set it otherwise."""
+    """A fresh Accelerator. The whole process shares its state, and other tests may have changed it."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     yield Accelerator(cpu=True)
@@ -149,7 +149,7 @@ def test_gpt2_shape_has_gpt2s_parameter_count():
 
 
 def test_model_has_no_buffers():
-    # Buffers that are not saved come back from from_pretrained as uninitialised memory.
+    # from_pretrained fills buffers that were not saved with uninitialised memory.
     assert list(make_model().buffers()) == []
 
 
@@ -301,7 +301,7 @@ def test_attention_implementations_agree_with_eager_also_with_left_padding(atten
     model = make_model(attention="eager")
     plain, padded = model(x).logits, model(ids, attention_mask=mask, position_ids=positions).logits
     model.set_attn_implementation(attention)
-    # Flex attention would be compiled to C++, for a quarter of a minute; uncompiled, it is the same function.
+    # Compiling flex attention to C++ would take a quarter of a minute. Without compilation it is the same function.
     with torch.compiler.set_stance("force_eager"), torch.no_grad():
         assert_close(model(x).logits, plain, atol=1e-5, rtol=1e-5)
         logits = model(ids, attention_mask=mask, position_ids=positions).logits
@@ -537,14 +537,14 @@ def test_labels_are_shifted_inside_and_shift_labels_are_not():
     assert model(x).loss is None
 
 
-def test_minus_100_is_no_target():
+def test_minus_100_is_not_a_target():
     model = make_model()
     x, y = make_window(3, 12)
     y[0, :7] = y[2, 3] = -100
     kept = y != -100
     expected = F.cross_entropy(model(x).logits[kept], y[kept])
     assert_close(model(x, shift_labels=y).loss, expected)
-    labels = F.pad(y[:, :-1], (1, 0))  # the same targets without the last of each row; the model shifts them
+    labels = F.pad(y[:, :-1], (1, 0))  # the model shifts these, so the last one of each row is missing
     expected = F.cross_entropy(model(x).logits[:, :-1][kept[:, :-1]], y[:, :-1][kept[:, :-1]])
     assert_close(model(x, labels=labels).loss, expected)
 
@@ -597,7 +597,7 @@ def test_loss_of_a_half_precision_model_is_computed_in_float32():
 @pytest.mark.parametrize("attention", ["sdpa", "eager", "flex_attention"])
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile", "ignore:_compile flag")
 def test_packed_documents_do_not_see_each_other(attention):
-    # Together the documents are longer than block_size; none of them alone is.
+    # Together the documents are longer than block_size, but each document is shorter.
     model = make_model(attention=attention)
     rows = [[make_tokens(n, seed=n) for n in lengths] for lengths in ((20, 5, 11), (2, 30, 4))]
     packed = torch.stack([torch.cat(documents) for documents in rows])
@@ -877,7 +877,7 @@ def test_layer_norm_epsilon_reaches_every_norm():
 
 @pytest.mark.parametrize("plan", ["base_model_tp_plan", "base_model_fsdp_plan"])
 def test_the_parallel_plans_name_modules_that_exist(plan):
-    # a name that matches nothing is a warning at most, and the module is then not sharded
+    # transformers at most warns about a name that matches nothing, and does not shard the module
     model = NanoGPTModel(NanoGPTConfig(vocab_size=32, block_size=8, n_layer=2, n_head=2, n_embd=16))
     modules = [name for name, _ in model.named_modules()]
     for pattern in getattr(NanoGPTConfig, plan):

@@ -1,4 +1,4 @@
-"""Muon against torch's own and against the singular values themselves, and as the one optimizer of a training run."""
+"""Muon beside torch.optim.Muon and beside the singular values, and as the optimizer of a training run."""
 
 import copy
 import math
@@ -34,7 +34,7 @@ def make(name: str, model: NanoGPTForCausalLM, learning_rate: float, weight_deca
 
 
 def random_gradients(*models, seed=1):
-    """The same gradient for the same parameter of each model."""
+    """Give the same parameter of each model the same gradient."""
     torch.manual_seed(seed)
     for together in zip(*(model.parameters() for model in models), strict=True):
         gradient = torch.randn_like(together[0])
@@ -102,7 +102,7 @@ def test_queries_keys_and_values_are_orthogonalised_one_by_one(monkeypatch):
         torch.testing.assert_close(part, expected, atol=1e-6, rtol=1e-4)
 
 
-def test_all_but_the_blocks_matrices_take_adamws_steps():
+def test_everything_except_the_matrices_of_the_blocks_takes_adamws_steps():
     model, reference = tiny_model(bias=True), tiny_model(bias=True)
     optimizer, plain = (
         make("muon", model, 1e-2, weight_decay=0.1),

@@ -1,4 +1,4 @@
-"""What pyproject.toml declares is true, and what is installed from it works without the checkout."""
+"""What pyproject.toml declares is true, and the installed package works without the checkout."""
 
 import ast
 import os
@@ -14,36 +14,38 @@ from types import SimpleNamespace
 
 import pytest
 
-from support import ROOT
+from support import PATIENCE, ROOT
 
 DECLARED = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 PACKAGES = [ROOT / "train_accelerate.py", *ROOT.glob("modeling_nanogpt/**/*.py"), *ROOT.glob("tokenization/**/*.py")]
 SCRIPTS = [*ROOT.glob("docs/**/*.py"), *ROOT.glob("tests/**/*.py")]
 OURS = {"train_accelerate", "modeling_nanogpt", "tokenization", "hub_configs", "support"}
-# `suite` and `tests` are what tests/conformance/ puts on the path: transformers' own tests.
+# tests/conformance/ puts `suite` and `tests` on the path: transformers' own tests.
 OURS |= {"suite", "tests"}
 
 
 def canonical(name: str) -> str:
-    """A distribution's name as registries compare it."""
+    """The name of a distribution, as registries compare names."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def floors(text: str) -> dict[str, str]:
     """Each requirement in a part of pyproject.toml, and its lowest version."""
-    return {canonical(name): floor for name, floor in re.findall(r'"([\w.-]+)(?:\[\w+\])?>=([\d.]+)"', text)}
+    return {canonical(name): floor for name, floor in re.findall(r'"([\w.-]+)(?:\[\w+\])?[>=]=([\d.]+)"', text)}
 
 
 (BASE,) = (floors(part) for part in re.findall(r"^dependencies = \[(.*?)^\]", DECLARED, re.M | re.S))
 (SECTION,) = re.findall(r"^\[project.optional-dependencies\]\n(.*?)\n\n", DECLARED, re.M | re.S)
-EXTRAS = {name: floors(part) for name, part in re.findall(r"^(\w+) = \[(.*?)\]$", SECTION, re.M)}
+EXTRAS = {name: floors(part) for name, part in re.findall(r"^(\w+) = \[(.*?)\](?:  #.*)?$", SECTION, re.M)}
 
 
-def imported_by(paths) -> dict[str, set]:
-    """The distributions that files import, wherever the import stands, and the files."""
+def imported_by(paths, indented: bool) -> dict[str, set]:
+    """The distributions that files import at the top, or in an indented line, and the files."""
     distributions, users = packages_distributions(), {}
     for path in paths:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if bool(getattr(node, "col_offset", 0)) is not indented:
+                continue
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
             for name in {name.split(".")[0] for name in names} - OURS - set(sys.stdlib_module_names):
@@ -52,21 +54,31 @@ def imported_by(paths) -> dict[str, set]:
     return users
 
 
+def undeclared(users: dict[str, set], *declared: dict) -> dict[str, set]:
+    return {name: files for name, files in users.items() if not any(name in each for each in declared)}
+
+
 def test_what_the_packages_import_is_a_dependency():
-    users = imported_by(PACKAGES)
+    users = imported_by(PACKAGES, indented=False)
     assert {"torch", "transformers", "pyyaml"} <= users.keys()
-    assert {name: files for name, files in users.items() if name not in BASE} == {}
+    assert undeclared(users, BASE) == {}
 
 
-def test_what_tests_and_scripts_import_is_in_an_extra():
-    declared = BASE.keys() | {name for extra in EXTRAS.values() for name in extra}
-    users = imported_by(SCRIPTS)
-    assert {"pytest", "hypothesis"} <= users.keys()
-    assert {name: files for name, files in users.items() if name not in declared} == {}
+def test_what_the_packages_import_only_if_it_is_there_is_an_extra():
+    users = imported_by(PACKAGES, indented=True)
+    assert {"datasets", "zstandard"} <= users.keys()
+    assert undeclared(users, BASE, EXTRAS["zstd"], EXTRAS["fast"]) == {}
+
+
+@pytest.mark.parametrize("indented", [False, True])
+def test_what_tests_and_scripts_import_is_declared(indented):
+    users = imported_by(SCRIPTS, indented=indented)
+    assert {"torch"} <= users.keys()
+    assert undeclared(users, BASE, *EXTRAS.values()) == {}
 
 
 def numbers(version: str) -> list[int]:
-    """A version without zeros at its end: 5.0 is 5.0.0."""
+    """A version without the zeros at its end, because 5.0 is 5.0.0."""
     parts = [int(part) for part in version.split(".")]
     while parts[-1] == 0:
         parts.pop()
@@ -91,7 +103,7 @@ def test_ci_runs_the_lowest_version_of_each_requirement():
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """The wheel, built from a copy, so that nothing that an earlier build left here gets into it."""
+    """The wheel. It is built from a copy, so that nothing from an earlier build gets into it."""
     folder = tmp_path_factory.mktemp("wheel")
     left_out = shutil.ignore_patterns(
         ".*", "__pycache__", "*.egg-info", "build", "dist", "data", "out", "tests", "docs"
@@ -106,7 +118,7 @@ def wheel(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory):
-    """An environment with the wheel, which finds everything else where this process does; and an empty folder."""
+    """An environment with the wheel, which takes all other packages from this environment; and an empty folder."""
     folder = tmp_path_factory.mktemp("installed")
     venv.create(folder / "env", with_pip=False)
     python = folder / "env" / "bin" / "python"
@@ -119,7 +131,7 @@ def installed(wheel, tmp_path_factory):
 
 
 def run(installed, command, *arguments):
-    """What an installed command prints; nothing of the checkout is on its path."""
+    """What an installed command prints. Nothing of the checkout is on its path."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(
         [installed.scripts / command, *map(str, arguments)],
@@ -127,7 +139,7 @@ def run(installed, command, *arguments):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -17,7 +17,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from support import ROOT
+from support import PATIENCE, ROOT
 from support.data_dirs import files_of, joined_ids, prepare_flags, split_documents, stored_ids
 from support.prepare_command import lines_of, run_command
 from support.texts import END, FOXES, write_corpus, write_text
@@ -315,7 +315,7 @@ def test_a_killed_run_leaves_no_data_dir_and_the_next_one_succeeds(tmp_path):
         command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + PATIENCE
         while not (tmp_path / "data.partial").exists() and child.poll() is None and time.monotonic() < deadline:
             time.sleep(0.005)
     finally:

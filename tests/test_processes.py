@@ -1,4 +1,4 @@
-"""Any number of processes is one run: the same windows, the same losses, and one folder that anything loads."""
+"""A run is the same with any number of processes: the same windows, the same losses, the same folder."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from modeling_nanogpt import NanoGPTForCausalLM
 from modeling_nanogpt.training import checkpointing
 from modeling_nanogpt.training.checkpointing import list_checkpoints, newest_complete
-from support import ROOT
+from support import PATIENCE, ROOT
 from support.runs import HOOKS, finish, free_port, launch, log_windows, read_windows, recipe_of, start, start_together
 from tokenization.windows import open_stream, training_windows
 
@@ -46,7 +46,7 @@ def read_run(out_dir: Path, log: Path) -> SimpleNamespace:
 
 
 def run_together(folder, out_dir, processes, *flags, before=lambda rank: (), environment=None):
-    """Train in so many processes to the end; returns what they wrote."""
+    """Train to the end in so many processes. Returns what they wrote."""
     log = folder / f"{out_dir.name}.log"
     flags = (f"--out_dir={out_dir}", *flags)
     if processes == 1:
@@ -180,7 +180,7 @@ def test_two_machines_are_one_run(folder, alone, tmp_path):
     where = ["--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
     trainer = [ROOT / "train_accelerate.py", folder / "recipe.yaml", f"--out_dir={tmp_path / 'out'}"]
     machines = [torchrun(f"--node_rank={rank}", *where, *trainer) for rank in (0, 1)]
-    said = [machine.communicate(timeout=300) for machine in machines]
+    said = [machine.communicate(timeout=PATIENCE) for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], said
     assert "2 processes on 2 machines by DDP" in said[0][0] and "step 50: " not in said[1][0]
     (tmp_path / "log").write_text(said[0][0])
@@ -213,7 +213,7 @@ def test_a_signal_stops_all_processes_after_the_same_step(folder, two, tmp_path,
         )
         wait_for_steps(noted[0], 5, launcher.poll)
         launcher.send_signal(signal.SIGTERM)
-        out, err = launcher.communicate(timeout=120)
+        out, err = launcher.communicate(timeout=PATIENCE)
         assert "stopped by a signal after step" in out and out.count("SIGTERM: saving") <= 2, err
         assert "SIGTERM: saving after this step" in err and "train_accelerate.py" not in err.split("Traceback")[-1]
     else:
@@ -231,7 +231,7 @@ def test_a_signal_stops_all_processes_after_the_same_step(folder, two, tmp_path,
         out = Path(f"{log}.0").read_text()
     stopped = int(re.search(r"stopped by a signal after step (\d+);", out).group(1))
     assert 5 <= stopped < STEPS
-    # each has fetched a micro-batch beyond the last step that it has done, and none has gone further
+    # each process has fetched one micro-batch beyond its last step, and not more
     assert [len(read_windows(path)[1]) for path in noted] == [2 * stopped + 1] * 2
     assert newest_complete(out_dir) == list_checkpoints(out_dir)[-1]
     assert newest_complete(out_dir).name == f"step-{stopped:08d}"
@@ -239,14 +239,14 @@ def test_a_signal_stops_all_processes_after_the_same_step(folder, two, tmp_path,
 
 
 def wait_for_steps(log, steps, status):
-    """Wait until the run that notes its windows in a log has come so far."""
+    """Wait until the run has come so far, according to the log of its windows."""
     while not (log.exists() and len(log.read_text().splitlines()) > 2 * steps + 1):
         assert status() is None, "the run has ended"
         time.sleep(0.005)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# FSDP2, which Accelerate takes up on GPUs only: here it is told that these are some
+# FSDP2. Accelerate allows it on GPUs only, so it is told here that the CPUs are GPUs.
 
 SHARDED = {key: value for key, value in launch("fsdp2")[1].items() if key.startswith(("FSDP", "ACCELERATE_USE_FSDP"))}
 
@@ -257,7 +257,7 @@ def take_cpus_for_gpus() -> None:
 
 
 def note_plan(path: str) -> None:
-    """Write down how the model is sharded when it is first saved."""
+    """Write down how the model is sharded, at its first save."""
     gather = checkpointing.gather_tensors
 
     def noted(model, optimizer):
@@ -283,14 +283,14 @@ def run_sharded(folder, out_dir, *flags, before=()):
 
 @pytest.fixture(scope="module")
 def sharded(folder, alone):
-    """The same run, with the model in shards."""
+    """The same run, with a sharded model."""
     return run_sharded(folder, folder / "sharded", before=((note_plan, str(folder / "plan.json")),))
 
 
 def test_fsdp2_shards_every_parameter_block_by_block(sharded, folder):
     plan = json.loads((folder / "plan.json").read_text())
     assert "2 processes by FSDP2" in sharded.said
-    assert {"", "transformer.h.0", "transformer.h.1"} <= set(plan["units"])  # the embedding is another
+    assert {"", "transformer.h.0", "transformer.h.1"} <= set(plan["units"])  # the embedding is a unit too
     assert plan["whole"] == [] and "transformer.wte.weight" in plan["shards"] and len(plan["shards"]) == 15
     for whole, local, placements in plan["shards"].values():
         assert placements == "(Shard(dim=0),)" and [2 * local[0], *local[1:]] == whole
@@ -299,7 +299,7 @@ def test_fsdp2_shards_every_parameter_block_by_block(sharded, folder):
 
 def test_fsdp2_computes_the_same(sharded, alone):
     assert_close(sharded, alone, tolerance=1e-4)
-    assert max(alone.norms) > 1  # so that some are clipped
+    assert max(alone.norms) > 1  # so that some gradients are clipped
 
 
 def test_fsdp2_saves_the_plain_folder(sharded, alone):
@@ -351,7 +351,7 @@ def test_a_loss_that_is_not_finite_on_one_process_is_skipped_on_all(folder, tmp_
     where = f"(windows at tokens {', '.join(map(str, offsets))} of train)"
     assert f"step 7: the loss is not finite, and its update is skipped {where}" in run.said
     assert run.skipped == 1
-    assert np.isfinite(run.losses).all() and len(run.losses) == 9  # a skipped step has none
+    assert np.isfinite(run.losses).all() and len(run.losses) == 9  # a skipped step has no loss
     assert np.isfinite(run.val_losses).all()
 
 
@@ -360,7 +360,7 @@ def test_a_loss_that_is_not_finite_on_one_process_is_skipped_on_all(folder, tmp_
 
 
 def refused(folder, out_dir, processes, environment, before=(), flags=()):
-    """What each of several processes says before it stops, having written nothing."""
+    """What each of several processes says before it stops. They must have written nothing."""
     log = out_dir.with_suffix(".log")
     running = start_together(
         processes,
@@ -375,7 +375,7 @@ def refused(folder, out_dir, processes, environment, before=(), flags=()):
     assert not out_dir.exists()
     said = [Path(f"{log}.{rank}").read_text() for rank in range(processes)]
     assert "Traceback" not in "".join(said)
-    # torch may add that it lost the other process, which was quicker to leave
+    # torch may add that it lost the other process, because that one ended earlier
     (line,) = {line for text in said for line in text.splitlines() if "error: " in line}
     assert line.startswith("train_accelerate.py: error: ")
     return line
@@ -419,14 +419,14 @@ def test_accelerate_launch_with_two_processes_on_cpus_is_refused(folder, tmp_pat
         [*launch, ROOT / "train_accelerate.py", folder / "recipe.yaml", f"--out_dir={tmp_path / 'out'}"],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
     )
     (line,) = re.findall(r"^train_accelerate\.py: error: .*$", result.stderr, re.M)
     assert "several processes, but starts one" in line and "torchrun --standalone --nproc_per_node" in line
     assert result.returncode != 0 and result.stdout == "" and not (tmp_path / "out").exists()
 
 
-def test_a_mistake_that_the_main_process_finds_is_a_line_of_each(folder, tmp_path):
+def test_every_process_reports_a_mistake_that_the_main_process_finds(folder, tmp_path):
     flags = ("--corpus=nowhere.txt", f"--data_dir={tmp_path / 'data'}")
     line = refused(folder, tmp_path / "out", 2, {}, flags=flags)
     assert "corpus=nowhere.txt" in line

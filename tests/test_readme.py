@@ -1,7 +1,8 @@
-"""The README keeps its word: its Python runs as it stands, and its commands are taken by what they name."""
+"""README and docs/ keep their word: their Python runs as it stands, their commands and recipes are accepted."""
 
 import ast
 import importlib.util
+import os
 import re
 import runpy
 import shlex
@@ -12,25 +13,36 @@ import datasets
 import pytest
 from accelerate.state import AcceleratorState, GradientState
 
+from modeling_nanogpt.convert import convert
 from support import ROOT
 from support.tiny_run import train
 from train_accelerate import parse_arguments
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
-LOADING, *SNIPPETS = PYTHON  # the first makes `model` and `tokenizer`, from which the others go on
-COMMANDS = [
-    command
-    for block in re.findall(r"```bash\n(.*?)```", README, re.S)
-    for command in block.replace("\\\n", " ").splitlines()
-    if command
-]
+PATHS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in PATHS}
+
+
+def blocks_of(page, language):
+    """The code blocks of a page in a language."""
+    return re.findall(rf"```{language}\n(.*?)```", page, re.S)
+
+
+def commands_of_page(page):
+    """The lines of a page's shell blocks."""
+    lines = [line for block in blocks_of(page, "bash") for line in block.replace("\\\n", " ").splitlines()]
+    return [line for line in lines if line]
+
+
+(LOADING,) = blocks_of(PAGES["README.md"], "python")  # makes the model that other Python takes
+PYTHON = list(dict.fromkeys([LOADING, *(code for page in PAGES.values() for code in blocks_of(page, "python"))]))
+COMMANDS = [command for page in PAGES.values() for command in commands_of_page(page)]
+MADE_BY_COMMANDS = ("out/quickstart-gpt2", "out/mine", "out-nanogpt")
 HIDDEN_NEEDS = {"torch.onnx.export": ("onnx", "onnxscript")}  # what a snippet needs without importing it
 
 
-def commands_of(*program):
-    """What follows these words in the README's commands that begin with them."""
-    words = [shlex.split(command, comments=True) for command in COMMANDS]
+def commands_of(*program, among=COMMANDS):
+    """What follows these words in the commands that begin with them."""
+    words = [shlex.split(command, comments=True) for command in among]
     return [arguments[len(program) :] for arguments in words if tuple(arguments[: len(program)]) == program]
 
 
@@ -48,7 +60,7 @@ def needs_of(code):
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """Where a reader stands: a quickstart, much smaller than the recipe's but of its context, and some text."""
+    """The folder of a reader: a quickstart with the context of the recipe, but much smaller, and some texts."""
     folder = tmp_path_factory.mktemp("home")
     train(folder, out_dir=folder / "out/quickstart", tokenizer="bpe", vocab_size=300, block_size=128, max_iters=10)
     text = (folder / "corpus.txt").read_text().replace("slings\n", "slings\n\n")
@@ -57,12 +69,15 @@ def home(tmp_path_factory):
         path = folder / "notes" / name / "a.md"
         path.parent.mkdir(parents=True)
         path.write_text(text)
+    # files of somebody who has trained with nanoGPT
+    (folder / "input.txt").write_text(text)
+    convert(str(folder / "out/quickstart"), folder / "out-shakespeare-char", to="ckpt", tokenizer=None)
     return folder
 
 
 @pytest.fixture
 def at_home(home, monkeypatch):
-    """The reader's folder, this process in it; what a snippet downloads or caches stays there."""
+    """The folder of the reader, as the current one. What a snippet downloads or caches stays in it."""
     monkeypatch.chdir(home)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", home / "cache")
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -71,7 +86,7 @@ def at_home(home, monkeypatch):
 
 
 @pytest.mark.parametrize("code", PYTHON, ids=[code.splitlines()[0] for code in PYTHON])
-@pytest.mark.filterwarnings("ignore")  # of the libraries, about each other
+@pytest.mark.filterwarnings("ignore")  # the libraries warn about each other
 def test_a_python_snippet_runs_and_writes_what_it_names(code, at_home, capsys):
     for package in needs_of(code):
         if importlib.util.find_spec(package) is None:
@@ -79,7 +94,7 @@ def test_a_python_snippet_runs_and_writes_what_it_names(code, at_home, capsys):
     names = {}
     exec(LOADING, names)
     printed = len(capsys.readouterr().out)
-    if code is not LOADING:
+    if code != LOADING:
         exec(code, names)
         printed = len(capsys.readouterr().out)
     assert printed or "print(" not in code
@@ -88,8 +103,10 @@ def test_a_python_snippet_runs_and_writes_what_it_names(code, at_home, capsys):
 
 
 def test_the_tests_see_every_snippet_and_command():
-    assert len(PYTHON) + README.count("```bash\n") == len(re.findall(r"^```\w", README, re.M))
-    assert "model = " in LOADING and len(SNIPPETS) >= 6
+    for page in PAGES.values():
+        languages = set(re.findall(r"^```(\w+)", page, re.M))
+        assert languages <= {"python", "bash", "yaml"}
+    assert "model = " in LOADING and len(PYTHON) >= 7
     programs = {re.sub(r"^([A-Z_]+=\w+ )*", "", command).split()[0] for command in COMMANDS}
     assert programs <= {"make", "python", "python3", ".", "pip", "accelerate", "torchrun"}
 
@@ -108,20 +125,30 @@ def test_a_training_command_names_a_recipe_and_flags_that_are_there(arguments, m
         assert str(getattr(holder, key)).lower() == value.lower() or float(value) == getattr(holder, key)
 
 
-def module_commands():
-    return [(module, *arguments) for module, *arguments in commands_of("python", "-m") if module != "pytest"]
+@pytest.mark.parametrize(
+    "recipe", [recipe for page in PAGES.values() for recipe in blocks_of(page, "yaml")], ids=lambda text: text[:40]
+)
+def test_a_recipe_is_one(recipe, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    parse_arguments([str(tmp_path / "recipe.yaml")])
+
+
+def module_commands(page):
+    among = commands_of_page(PAGES[page])
+    return [words for words in commands_of("python", "-m", among=among) if words[0] != "pytest"]
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")  # other tests import the module as well
-@pytest.mark.parametrize("command", module_commands(), ids=" ".join)
-def test_a_module_command_does_what_it_says(command, at_home, monkeypatch, capsys):
-    module, *arguments = command
-    shutil.rmtree(at_home / "out/quickstart-gpt2", ignore_errors=True)
-    monkeypatch.setattr("sys.argv", [module, *arguments])
-    runpy.run_module(module, run_name="__main__")
-    assert capsys.readouterr().out
-    for path in [word for word in arguments if word.startswith("out/")]:
-        assert (at_home / path / "config.json").exists()
+@pytest.mark.parametrize("page", [page for page in sorted(PAGES) if module_commands(page)])
+def test_the_module_commands_of_a_page_do_what_they_say(page, at_home, monkeypatch, capsys):
+    for path in MADE_BY_COMMANDS:
+        shutil.rmtree(at_home / path, ignore_errors=True)
+    for module, *arguments in module_commands(page):
+        monkeypatch.setattr("sys.argv", [module, *arguments])
+        runpy.run_module(module, run_name="__main__")
+        assert capsys.readouterr().out
+        for path in [word for word in arguments if word.startswith("out/")]:
+            assert (at_home / path / "config.json").exists()
 
 
 def test_the_commands_that_set_up_name_what_is_there():
@@ -131,11 +158,17 @@ def test_the_commands_that_set_up_name_what_is_there():
         r"^\[project.optional-dependencies\]\n(.*?)\n\n", (ROOT / "pyproject.toml").read_text(), re.M | re.S
     )
     extras = re.findall(r"^(\w+) = ", extras, re.M)
-    for install in re.findall(r'pip install (.*?"\.\[.*?\]")', README):
+    for install in re.findall(r'pip install (.*?"\.\[.*?\]")', "".join(PAGES.values())):
         assert shlex.split(install)[:2] == ["-c", "constraints.txt"] and (ROOT / "constraints.txt").exists()
         assert set(re.search(r"\[(.*)\]", install).group(1).split(",")) <= set(extras)
 
 
-def test_links_of_the_readme_lead_to_files():
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)", README):
-        assert (ROOT / target).exists(), target
+@pytest.mark.parametrize("page", sorted(PAGES))
+def test_links_lead_to_files(page):
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", PAGES[page]):
+        assert (ROOT / page).parent.joinpath(target).exists(), target
+
+
+def test_the_index_lists_every_chapter():
+    listed = re.findall(r"\]\(([^)#]+\.md)\)", PAGES["docs/README.md"])
+    assert {os.path.normpath(f"docs/{page}") for page in listed} == set(PAGES) - {"docs/README.md"}

@@ -1,4 +1,4 @@
-"""Recipes: the shipped ones keep their word, what a YAML says arrives, and what cannot be meant is one line."""
+"""Recipes: the shipped ones are what their comments say, values arrive as written, and a mistake is one line."""
 
 import dataclasses
 import re
@@ -22,7 +22,7 @@ SHAKESPEARE_CHARACTERS, SHAKESPEARE_TRAIN = 65, 1_003_854  # nanoGPT's own count
 
 
 def resolve(*argv):
-    """What the trainer makes of a command line: every knob with its value."""
+    """Every knob with its value, as the trainer reads a command line."""
     knobs = {}
     for arguments in parse_arguments([str(word) for word in argv]):
         knobs |= dataclasses.asdict(arguments)
@@ -50,7 +50,7 @@ def number_of(words):
 
 
 def build_model(name):
-    """The model of a recipe without its weights, the vocabulary being what the trainer makes it."""
+    """The model of a recipe, without weights, and with the vocabulary that the trainer would give it."""
     model_args, data_args, _ = parse_arguments([str(shipped(name))])
     config = choose_config(given_shape(vars(model_args)), None)
     tokens = {"bpe": data_args.vocab_size, "gpt2": 50_257, "char": SHAKESPEARE_CHARACTERS + 256 + 1}[
@@ -75,7 +75,7 @@ def recipe(tmp_path):
 
 @pytest.fixture
 def refusal(capsys):
-    """Parse a command line that must be refused; returns the one line that says why."""
+    """Parse a command line that must be refused. Returns the line that says why."""
 
     def refuse(*argv):
         with pytest.raises(SystemExit) as stop:  # anything else would be a traceback
@@ -83,7 +83,7 @@ def refusal(capsys):
         shown = capsys.readouterr()
         assert stop.value.code == 2
         assert shown.out == ""
-        (line,) = shown.err.splitlines()  # argparse on its own writes its usage above
+        (line,) = shown.err.splitlines()  # by default, argparse would print its usage first
         program, error, message = line.partition(": error: ")
         assert error and "usage" not in line
         return message
@@ -170,7 +170,7 @@ def test_the_readme_lists_every_recipe_with_its_size():
 def test_a_fast_recipe_has_another_optimizer_for_the_same_model_and_data(name):
     fast, plain = vars(resolve(shipped(name))), vars(resolve(shipped(name.removesuffix("_fast"))))
     changed = {key for key in fast if fast[key] != plain[key]} - {"out_dir", "max_iters", "lr_decay_iters"}
-    measured = set() if name.startswith("openwebtext") else {"beta1", "momentum"}  # on small steps alone
+    measured = set() if name.startswith("openwebtext") else {"beta1", "momentum"}  # measured with small steps only
     assert changed == {"optimizer", "learning_rate", "lr_schedule", "min_lr", "warmup_iters"} | measured
     assert (fast["optimizer"], plain["optimizer"]) == ("muon", "adamw")
 
@@ -327,7 +327,7 @@ def test_a_number_is_a_float_however_it_is_written(recipe, written, expected):
     assert type(value) is float and value == expected
 
 
-@pytest.mark.parametrize("key", ["compile", "decay_lr", "bias"])  # by default false, true, and left to the model
+@pytest.mark.parametrize("key", ["compile", "decay_lr", "bias"])  # their defaults: false, true, and the model's
 @pytest.mark.parametrize("expected", [True, False])
 def test_a_boolean_may_be_spelled_in_many_ways(recipe, key, expected):
     words = ("true", "yes", "t", "y", "1") if expected else ("false", "no", "f", "n", "0")
@@ -410,7 +410,7 @@ def test_a_short_run_may_end_within_its_warmup(max_iters):
 # Mistakes
 
 
-def test_a_recipe_that_is_not_there_is_answered_with_those_that_are(tmp_path, refusal):
+def test_the_refusal_of_a_missing_recipe_names_the_recipes_that_exist(tmp_path, refusal):
     for path in (tmp_path / "missing.yaml", tmp_path, tmp_path / "no" / "folder.yaml"):
         message = refusal(path)
         assert str(path) in message
@@ -440,7 +440,7 @@ def test_a_recipe_that_is_not_there_is_answered_with_those_that_are(tmp_path, re
         ("? [n_layer, n_head]\n: 3\n", ["recipe.yaml"]),
         ("n_layr: 3\n", ["'n_layr'", "'n_layer'"]),
         ("n_layr:\n", ["'n_layr'", "'n_layer'"]),
-        ("n-layer: 3\n", ["'n-layer'", "'n_layer'"]),  # else a key could stand there twice, in two spellings
+        ("n-layer: 3\n", ["'n-layer'", "'n_layer'"]),  # otherwise a key could stand there twice, in two spellings
         ("--n_layer: 3\n", ["'n_layer'"]),
         ("n layer: 3\n", ["'n layer'", "'n_layer'"]),
         ("learning_rte: 1e-3\n", ["'learning_rte'", "'learning_rate'"]),
@@ -468,7 +468,7 @@ def test_a_recipe_that_is_not_there_is_answered_with_those_that_are(tmp_path, re
 def test_a_mistake_in_a_recipe_is_one_line_that_names_it(recipe, refusal, text, said):
     message = refusal(recipe(text))
     assert all(part in message for part in said)
-    assert "Node(" not in message  # what the YAML library calls it tells nobody anything
+    assert "Node(" not in message  # the YAML library's own name for it would help nobody
 
 
 @pytest.mark.parametrize(
@@ -493,7 +493,7 @@ def test_a_mistake_in_a_recipe_is_one_line_that_names_it(recipe, refusal, text, 
 def test_a_mistake_on_the_command_line_is_one_line_that_names_it(refusal, flags, said):
     message = refusal(shipped("shakespeare_char"), *flags)
     assert all(part in message for part in said)
-    assert refusal(*flags) == message  # with no recipe as well
+    assert refusal(*flags) == message  # without a recipe too
 
 
 def test_a_second_recipe_is_refused(refusal):

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 import modeling_nanogpt
 from modeling_nanogpt import NanoGPTConfig, NanoGPTForCausalLM, NanoGPTModel
+from support import PATIENCE
 
 TEXT = "to be or not to be"
 AUTO_MAP = {
@@ -24,7 +25,7 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_nanogpt.NanoGPTForCausalLM",
 }
 
-# Run with: this script, the folder to load, the folder to save again to, the file for what was seen.
+# Arguments: the folder to load, the folder to save again to, the file for what was seen.
 VISITOR = """
 import importlib, json, sys
 
@@ -91,7 +92,7 @@ def make_tokenizer():
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
-    """A model and its tokenizer in a folder whose name is not a module name, and what they say about a text."""
+    """A model and its tokenizer, in a folder whose name cannot be a module's, and their results for a text."""
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
     config = NanoGPTConfig(
@@ -115,7 +116,7 @@ def original(tmp_path_factory):
 
 
 def visit(folder, tmp_path):
-    """Load the folder in a new process: an empty directory, an empty cache, no network, and not this project."""
+    """Load the folder in a new process, with an empty folder and cache, without the network and this project."""
     again, report, cwd = tmp_path / "my.model-v1.1", tmp_path / "report.json", tmp_path / "empty"
     cwd.mkdir()
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
@@ -129,7 +130,7 @@ def visit(folder, tmp_path):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
     )
     assert process.returncode == 0, process.stderr
     return SimpleNamespace(again=again, base_again=Path(f"{again}-base"), **json.loads(report.read_text()))
@@ -147,7 +148,7 @@ def second(first, tmp_path_factory):
 
 @pytest.fixture(params=["first", "second"])
 def visitor(request):
-    """The process that loaded the original folder, and the one that loaded what the first had saved again."""
+    """The process that loaded the original folder, and a second one that loaded what the first had saved again."""
     return request.getfixturevalue(request.param)
 
 
@@ -205,7 +206,7 @@ def test_if_the_project_is_imported_its_own_classes_load_the_folder(original, tr
 
 @pytest.mark.parametrize("name", ["configuration_nanogpt.py", "modeling_nanogpt.py"])
 def test_copied_files_import_only_torch_transformers_and_each_other(name):
-    # Everyone who loads a folder would have to install whatever else they import.
+    # Everyone who loads a folder has to install what these files import.
     allowed = {"torch", "transformers", "huggingface_hub", "math", "collections"}
     source = (Path(modeling_nanogpt.__file__).parent / name).read_text()
     for node in ast.walk(ast.parse(source)):

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a model card whose facts and code are true, and a plot of any history."""
+"""What a person sees of a run: a model card whose facts are true and whose code runs, and a plot of any history."""
 
 import hashlib
 import json
@@ -34,13 +34,13 @@ def card(run):
 
 
 def table_of(card):
-    """The card's table of losses, heading by heading."""
+    """The table of losses in the card, as a dict of headings and values."""
     headings, _, values = [line.strip("| ").split(" | ") for line in card.splitlines() if line.startswith("|")][:3]
     return dict(zip(headings, values, strict=True))
 
 
 def facts_of(card):
-    """The card's table of facts."""
+    """The table of facts in the card."""
     rows = re.findall(r"^\| ([a-z ]+) \| (.*) \|$", card.split("## How it was made")[1], re.M)
     return dict(rows)
 
@@ -65,14 +65,14 @@ RECORD = {
 
 
 def read_back(folder):
-    """The history and the record of a run, read as anyone could."""
+    """The history and the record of a run, read from its files."""
     history = [json.loads(line) for line in (folder.out_dir / "history.jsonl").read_text().splitlines()]
     record = json.loads((folder.data_dir / "prepared.json").read_text())
     return history, record
 
 
 def make_model(block_size):
-    """A model of as many tokens as the run's."""
+    """A model with as many tokens as the model of the run."""
     return NanoGPTForCausalLM(NanoGPTConfig(vocab_size=320, block_size=block_size, n_layer=2, n_head=2, n_embd=32))
 
 
@@ -94,7 +94,7 @@ def make_report(record, name="a-model", block_size=16, recipe=None):
 
 
 def write(folder, history, record, samples=(), earlier=None, **kwargs):
-    """Write the report on a run that was never made; returns the card."""
+    """Write the report on a run that never took place. Returns the card."""
     folder.mkdir(exist_ok=True)
     report = make_report(record, **kwargs)
     report.write(folder, history, history[-1]["step"], samples, earlier or folder / "README.md")
@@ -117,7 +117,7 @@ def test_the_hub_can_read_the_cards_metadata(run):
     assert {result.dataset_name for result in data.eval_results} == {"corpus.txt, held-out part"}
 
 
-def test_no_blank_of_the_template_is_left(card):
+def test_every_name_in_the_template_is_filled_in(card):
     assert not re.search(r"\$\w|\$\{", card)
     assert "None" not in card
 
@@ -222,12 +222,12 @@ def test_the_card_shows_three_samples_of_the_model_that_was_saved(run, card):
     assert torch.equal(torch.random.get_rng_state(), before) and model.training
 
 
-def test_samples_are_drawn_from_what_the_model_says(run):
+def test_samples_are_drawn_from_the_probabilities_of_the_model(run):
     model = NanoGPTForCausalLM.from_pretrained(run.out_dir, dropout=0.5).train()
     tokenizer = AutoTokenizer.from_pretrained(run.out_dir)
     with torch.no_grad():
-        model.transformer.wpe.weight.normal_(generator=torch.Generator().manual_seed(0))  # so that positions count
-    unused = torch.arange(model.config.vocab_size) >= len(tokenizer)  # likely, but no text becomes them
+        model.transformer.wpe.weight.normal_(generator=torch.Generator().manual_seed(0))  # positions count
+    unused = torch.arange(model.config.vocab_size) >= len(tokenizer)  # likely, but no token of the tokenizer
     model.lm_head.register_forward_hook(lambda module, inputs, logits: logits + 100.0 * unused)
     drawn = draw_samples(model, tokenizer, 16, torch.device("cpu"))
     model.eval()
@@ -260,7 +260,7 @@ def test_a_sample_ends_where_its_text_ends(run):
 @pytest.mark.parametrize(
     "text", ["```\n# no heading\n```", "a\0b\x1b[31mc\ufffe", "````", "$loss ${x} $", "---\nx: 1\n---"]
 )
-def test_a_sample_may_hold_anything_and_the_card_stays_one(tmp_path, text):
+def test_the_card_stays_valid_whatever_a_sample_holds(tmp_path, text):
     card = write(tmp_path, [{"step": 1, "val_loss": 2.0}], RECORD, samples=[text, "second"])
     (_, first), (_, second) = samples_of(card)
     assert second == "second"
@@ -303,16 +303,16 @@ def test_the_files_that_the_card_points_to_are_there(run, card):
 
 @pytest.mark.parametrize("block_size", sorted({TINY["block_size"], SMALLEST_CONTEXT}))
 def test_the_code_in_the_card_runs(run, tmp_path, monkeypatch, capsys, block_size):
-    # with a context shorter than the text that one may wish for as well
+    # also with a context that is shorter than the text to generate
     folder = tmp_path / "a-model"
     write(folder, *read_back(run), block_size=block_size)
     make_model(block_size).save_pretrained(folder)
     AutoTokenizer.from_pretrained(run.out_dir).save_pretrained(folder)
-    monkeypatch.chdir(tmp_path)  # where the name in the card is the folder's
+    monkeypatch.chdir(tmp_path)  # here, the name in the card is the folder's
     scope = {}
     exec(code_of((folder / "README.md").read_text()), scope)
     assert len(capsys.readouterr().out) > 1
-    assert isinstance(scope["model"], NanoGPTForCausalLM)  # no copy of the code, as the project is imported
+    assert isinstance(scope["model"], NanoGPTForCausalLM)  # no copy of the code, because the project is imported
 
 
 def test_the_code_in_a_runs_own_card_runs(run, card, monkeypatch, capsys):
@@ -387,7 +387,7 @@ def test_any_history_can_be_drawn_in_silence(tmp_path, history):
         plot_losses(tmp_path / "loss.png", history, 100)
     _, pixels = look_at(tmp_path / "loss.png")
     finite = any(math.isfinite(value) for entry in history for key, value in entry.items() if key != "step")
-    coloured = (np.ptp(pixels, axis=2) > 30).sum()  # frame, grid and text are grey
+    coloured = (np.ptp(pixels, axis=2) > 30).sum()  # the frame, the grid and the text are grey
     assert (coloured > 10) == finite
 
 
@@ -408,7 +408,7 @@ def test_the_fall_at_the_start_does_not_flatten_the_rest(tmp_path):
     half = pixels.shape[0] / 2
     assert rows.min() < 20 and at_the_end.min() > half
     middle = np.nonzero((pixels[:, pixels.shape[1] // 2] == VALIDATION).all(axis=1))[0]
-    assert 0.3 * pixels.shape[0] < middle.mean() < 0.7 * pixels.shape[0]  # halfway down, as half of 2.0 to 1.0 is
+    assert 0.3 * pixels.shape[0] < middle.mean() < 0.7 * pixels.shape[0]  # halfway down, as 1.5 is between 2.0 and 1.0
 
 
 def test_an_evaluation_above_the_picture_draws_no_line_into_it(tmp_path):

@@ -1,4 +1,4 @@
-"""A run that was broken off and goes on is the run that was never broken off: same weights, same log, bit for bit."""
+"""A run that was stopped and resumed is the run that never stopped: the same weights, the same log, bit for bit."""
 
 import dataclasses
 import json
@@ -33,7 +33,7 @@ from tokenization.arguments import DataArguments
 from tokenization.windows import open_stream, training_windows
 from train_accelerate import ModelArguments, RunArguments
 
-# 14 steps; the log's entries and the checkpoints fall on different ones, and dropout is drawn in each.
+# 14 steps. The log and the checkpoints are written after different steps, and each step draws dropout.
 FLAGS = {"max_iters": 14, "lr_decay_iters": 14, "eval_interval": 7, "log_interval": 3, "save_interval": 4}
 FLAGS |= {"dropout": 0.2, "keep_checkpoints": 9, "eval_tokens": 64}
 KINDS = {
@@ -43,7 +43,7 @@ KINDS = {
 
 
 def all_that_was_learned(run) -> dict:
-    """The weights in out_dir, and the last checkpoint's tensors under their paths in it."""
+    """The weights in out_dir, and the tensors of the last checkpoint under their paths."""
 
     def leaves(value, path):
         if isinstance(value, dict):
@@ -67,13 +67,13 @@ def without_speed(history):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with a text that is prepared once for all runs below."""
+    """A folder with a text, prepared once for all runs below."""
     return tmp_path_factory.mktemp("resume")
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def unbroken(request, folder):
-    """A run that nothing interrupts, and the flags it was given."""
+    """A run that nothing interrupts, and its flags."""
     flags = FLAGS | KINDS[request.param]
     run = train(folder, out_dir=folder / request.param, **flags)
     return SimpleNamespace(**vars(run), flags=flags)
@@ -81,18 +81,18 @@ def unbroken(request, folder):
 
 @pytest.fixture(scope="module")
 def finished(folder):
-    """One such run, to copy."""
+    """Such a run, which tests copy."""
     return train(folder, out_dir=folder / "finished", **FLAGS)
 
 
 @pytest.fixture
 def copied(finished, tmp_path):
-    """A copy of it, as its out_dir."""
+    """A copy of the out_dir of that run."""
     return shutil.copytree(finished.out_dir, tmp_path / "out")
 
 
 def broken_off_after(step, out_dir):
-    """Remove from a finished run what it has written after a step, as if it had been killed then."""
+    """Remove what a finished run wrote after a step, as if it had been killed then."""
     for checkpoint in list_checkpoints(out_dir):
         if checkpoint.name > f"step-{step:08d}":
             shutil.rmtree(checkpoint)
@@ -133,14 +133,14 @@ def test_a_finished_run_may_be_made_longer(finished, copied, folder):
     assert longer.losses[:4] == finished.losses
 
 
-def test_a_named_checkpoint_voids_those_after_it(finished, copied, folder):
+def test_a_run_from_a_named_checkpoint_removes_the_later_ones(finished, copied, folder):
     flags = FLAGS | {"init_from": copied / "checkpoints" / "step-00000008", "save_interval": 5}
     again = train(folder, out_dir=copied, **flags)
     assert [path.name[-2:] for path in list_checkpoints(copied)] == ["04", "08", "10", "14"]  # 12 is gone
     assert_same_run(again, finished)
 
 
-def test_voided_checkpoints_are_kept_until_the_first_new_one(finished, copied, folder):
+def test_later_checkpoints_are_kept_until_the_first_new_one(finished, copied, folder):
     flags = FLAGS | {"init_from": copied / "checkpoints" / "step-00000004", "max_iters": 4}
     train(folder, out_dir=copied, **flags)
     assert [path.name[-2:] for path in list_checkpoints(copied)] == ["04", "08", "12", "14"]
@@ -164,7 +164,7 @@ def test_a_step_may_be_cut_another_way_when_it_goes_on(folder, tmp_path):
     assert again.losses == pytest.approx(whole.losses, abs=1e-5) and again.losses != whole.losses
 
 
-def test_a_broken_off_run_leaves_out_dir_whole_again(finished, copied, folder):
+def test_a_resumed_run_makes_out_dir_complete_again(finished, copied, folder):
     broken_off_after(8, copied)
     (copied / "checkpoints" / ".saving").mkdir()
     (copied / "checkpoints" / ".saving" / "training_state.pt").write_bytes(b"half")
@@ -263,7 +263,7 @@ def test_the_checkpoint_before_a_broken_one_is_taken(finished, copied, folder, f
 
 
 def refusal(folder, **flags):
-    """The one line with which the trainer answers; nothing is written."""
+    """The one line with which the trainer answers. It must write nothing."""
     before = {path: path.stat().st_mtime_ns for path in flags["out_dir"].rglob("*")}
     with pytest.raises(SystemExit) as stop:
         train(folder, **FLAGS | flags)
@@ -285,7 +285,7 @@ def test_a_named_checkpoint_that_is_not_complete_is_refused(folder, copied):
 
 
 class Payload:
-    """Writes a file where it is unpickled."""
+    """Writes a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -330,11 +330,12 @@ OTHER |= {
     "min_lr": 1e-4,
     "windows": "epoch",
 }
-# What may change: it shapes no step, or says where things are. The model's shape and the data are compared as such.
+# These flags may change: they do not shape a step, or they only name places. The shape of the model and the data are
+# compared themselves.
 FREE = {"init_from", "out_dir", "batch_size", "gradient_accumulation_steps", "max_iters"}
 FREE |= {"eval_interval", "eval_tokens", "log_interval", "always_save_checkpoint", "save_interval", "keep_checkpoints"}
 FREE |= {"max_nonfinite_steps", "report_to", "eval_only", "prepare_only"}
-FREE |= {"decay_lr"}  # it stands for lr_schedule and warmup_iters
+FREE |= {"decay_lr"}  # it only sets lr_schedule and warmup_iters
 FREE |= {"push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy"}
 FREE |= {"dtype", "gradient_checkpointing", "auto_batch_size", "compile", "attn_implementation"}
 
@@ -347,8 +348,8 @@ def test_each_flag_is_either_free_or_compared():
     assert set(SHAPING) == set(OTHER)
     assert not FREE & set(SHAPING)
     assert model == shape | {"init_from", "revision"}
-    assert run | {"init_from", "windows"} == FREE | set(SHAPING)  # a new flag belongs into one of them
-    assert {"corpus", "tokenizer", "vocab_size", "data_dir", "windows"} <= data  # the others' tokens are compared
+    assert run | {"init_from", "windows"} == FREE | set(SHAPING)  # a new flag belongs to one of the two
+    assert {"corpus", "tokenizer", "vocab_size", "data_dir", "windows"} <= data  # the rest shows in the tokens
 
 
 @pytest.mark.parametrize("key", OTHER)
@@ -399,7 +400,7 @@ def test_a_flag_that_the_checkpoint_does_not_know_is_a_contradiction(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A new run where an old one is
+# A new run in the out_dir of an old one
 
 
 def test_a_run_that_is_not_finished_is_not_overwritten(folder, copied):
@@ -418,11 +419,11 @@ def test_a_finished_run_may_be_run_anew(finished, copied, folder):
     flags = FLAGS | {"seed": 7, "save_interval": 10, "keep_checkpoints": 9}
     new = train(folder, out_dir=copied, **flags)
     assert new.losses != finished.losses
-    assert [path.name[-2:] for path in list_checkpoints(copied)] == ["10", "14"]  # the old run's are gone
+    assert [path.name[-2:] for path in list_checkpoints(copied)] == ["10", "14"]  # the old checkpoints are gone
 
 
 @pytest.mark.parametrize("only", ["eval_only", "prepare_only"])
-def test_looking_at_an_unfinished_run_is_allowed(folder, copied, only, capsys):
+def test_an_unfinished_run_may_be_evaluated(folder, copied, only, capsys):
     broken_off_after(8, copied)
     train(folder, out_dir=copied, **FLAGS | {only: "true", "init_from": "resume"})
     assert ("step 8: " in capsys.readouterr().out) == (only == "eval_only")

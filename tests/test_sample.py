@@ -1,4 +1,4 @@
-"""Sampling: what continue_prompt draws, from windows that slide past block_size too, and the command around it."""
+"""Sampling: what continue_prompt draws, also beyond block_size, where the window slides, and the command."""
 
 import os
 import shutil
@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from modeling_nanogpt import NanoGPTConfig, NanoGPTForCausalLM, sample
 from modeling_nanogpt.sample import continue_prompt
-from support import ROOT
+from support import PATIENCE, ROOT
 from support.tiny_run import TINY
 
 BLOCK, VOCABULARY = 8, 32
@@ -24,7 +24,7 @@ LENGTHS = [(1, 3), (1, 7), (1, 8), (3, 20), (7, 1), (7, 2), (8, 1), (8, 9), (9, 
 
 @pytest.fixture(scope="module")
 def model():
-    """Weights so large that two tokens are never nearly as likely; the model has no end-of-text token."""
+    """Weights so large that one token is always far likelier than the others. The model has no end-of-text token."""
     torch.manual_seed(0)
     config = NanoGPTConfig(
         vocab_size=VOCABULARY, block_size=BLOCK, n_layer=2, n_head=2, n_embd=32, initializer_range=0.5
@@ -38,7 +38,7 @@ def make_prompts(rows, length, seed=0):
 
 @torch.no_grad()
 def greedy_by_hand(model, ids, count):
-    """The likeliest token after the last block_size tokens, one row and one token at a time."""
+    """Add the likeliest token after the last block_size tokens, one row and one token at a time."""
     rows = []
     for row in ids.tolist():
         for _ in range(count):
@@ -96,7 +96,7 @@ def test_rows_of_a_batch_are_drawn_independently(model):
 
 
 def known_distribution(logits):
-    """A model whose next-token logits are these, whatever it has read: its last norm puts out a constant."""
+    """A model with these next-token logits, whatever it has read, because its last norm puts out a constant."""
     size = len(logits)
     config = NanoGPTConfig(
         vocab_size=size, block_size=4, n_layer=1, n_head=1, n_embd=8, bias=True, tie_word_embeddings=False
@@ -118,7 +118,7 @@ def test_tokens_are_drawn_as_often_as_their_probabilities_say(temperature, top_k
     start = torch.zeros(4000, 2, dtype=torch.long)
     # three tokens within block_size, and one beyond it
     drawn = sampled(known_distribution(logits), start, 3, temperature=temperature, top_k=top_k)[:, 2:]
-    # the 99.9th percentile of chi-square, by degrees of freedom
+    # the 99.9th percentile of chi-square for each number of degrees of freedom
     critical = {2: 13.82, 5: 20.52}[kept - 1]
     for column in drawn.T:
         counts = torch.bincount(column, minlength=len(logits))
@@ -127,7 +127,7 @@ def test_tokens_are_drawn_as_often_as_their_probabilities_say(temperature, top_k
         assert ((counts[:kept] - expected) ** 2 / expected).sum() < critical
 
 
-def test_ids_that_no_text_becomes_are_never_drawn(run):
+def test_ids_beyond_the_tokenizer_are_never_drawn(run):
     model, tokenizer = (auto.from_pretrained(run.out_dir) for auto in (AutoModelForCausalLM, AutoTokenizer))
     assert model.config.vocab_size > len(tokenizer)
     torch.nn.init.zeros_(model.lm_head.weight)  # every id is as likely as any other
@@ -142,7 +142,7 @@ def test_ids_that_no_text_becomes_are_never_drawn(run):
 
 
 def counting_model(last):
-    """A model that counts: after token t comes t + 1, and `last` is the end of text. Its block_size is 4."""
+    """A model that counts: t + 1 follows token t, and `last` is the end of text. Its block_size is 4."""
     size = last + 1
     config = NanoGPTConfig(
         vocab_size=size,
@@ -158,7 +158,7 @@ def counting_model(last):
     with torch.no_grad():
         for parameter in model.transformer.parameters():
             if parameter.ndim == 2:
-                parameter.zero_()  # the blocks add nothing, and no position counts
+                parameter.zero_()  # the blocks add nothing, and positions have no effect
         model.transformer.wte.weight.copy_(torch.eye(size))
         model.lm_head.weight.copy_(torch.eye(size).roll(1, dims=0))
     return model
@@ -199,7 +199,7 @@ def test_an_end_within_the_prompt_ends_nothing(prompt):
 
 
 def test_the_command_prints_the_prompt_and_what_follows(run):
-    prompt = "ńot 日本 \N{OWL} to be, or"  # characters that the corpus does not hold are spelled by their bytes
+    prompt = "ńot 日本 \N{OWL} to be, or"  # the corpus does not hold these characters, so their bytes spell them
     flags = ["--prompt", prompt, "--num_samples", "4", "--max_new_tokens", "40"]
     process = subprocess.run(
         [sys.executable, "-m", "modeling_nanogpt.sample", run.out_dir, *flags],
@@ -207,7 +207,7 @@ def test_the_command_prints_the_prompt_and_what_follows(run):
         env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"},
         capture_output=True,
         encoding="utf-8",
-        timeout=120,
+        timeout=PATIENCE,
     )
     assert process.stderr == "" and process.returncode == 0
     *samples, rest = process.stdout.split(f"\n{SEPARATOR}\n")
@@ -232,7 +232,7 @@ def say(monkeypatch, capsys):
 
 @pytest.fixture
 def refusal(say, capsys):
-    """Run the command with what it must refuse; returns the one line that says why."""
+    """Run the command with something that it must refuse. Returns the line that says why."""
 
     def refuse(*arguments):
         with pytest.raises(SystemExit) as stop:  # anything else would be a traceback
@@ -263,7 +263,7 @@ def test_the_seed_repeats_the_samples(run, say):
     assert first.count(SEPARATOR) == 3
 
 
-def test_a_greedy_sample_is_what_the_model_says(run, say):
+def test_a_greedy_sample_is_the_likeliest_text(run, say):
     model, tokenizer = (auto.from_pretrained(run.out_dir) for auto in (AutoModelForCausalLM, AutoTokenizer))
     ids = tokenizer("to be or", return_tensors="pt").input_ids
     expected = greedy(model.eval(), ids, 40)[0]
@@ -274,7 +274,7 @@ def test_a_greedy_sample_is_what_the_model_says(run, say):
 def test_what_follows_the_end_of_a_text_is_not_printed(run, say, tmp_path):
     model, tokenizer = (auto.from_pretrained(run.out_dir) for auto in (AutoModelForCausalLM, AutoTokenizer))
     direction = torch.linspace(-1, 1, TINY["n_embd"])
-    with torch.no_grad():  # whatever it reads, the end of text is the likeliest: all else has logits of zero
+    with torch.no_grad():  # the end of text is always the likeliest, because all other logits are zero
         for parameter in model.parameters():
             parameter.zero_()
         model.transformer.wpe.weight.copy_(direction)

@@ -11,6 +11,7 @@ import regex
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from support import PATIENCE
 from support.needs import needs_gpt2
 from support.texts import END, HARD_TEXTS, TEXT, random_texts
 from tokenization import encoders
@@ -268,7 +269,7 @@ def test_a_saved_tokenizer_loads_where_this_project_is_not(tokenizers, tmp_path)
         encoding="utf-8",
         cwd=tmp_path,
         env=environment,
-        timeout=120,
+        timeout=PATIENCE,
     )
     assert child.returncode == 0, child.stderr
     encoded, decoded, facts = json.loads(child.stdout)

@@ -1,4 +1,4 @@
-"""The loop as it really runs: what it trains on, what it computes, and what it leaves in out_dir."""
+"""The loop: what it trains on, what it computes, and what it leaves in out_dir."""
 
 import json
 import math
@@ -68,7 +68,7 @@ def test_the_schedule_is_the_flags(tmp_path, flags, expected):
 
 
 def test_muon_accumulates_as_one_batch(tmp_path, monkeypatch):
-    monkeypatch.setattr(muon, "arithmetic_dtype", lambda device: torch.float32)  # bfloat16 makes noise of rounding
+    monkeypatch.setattr(muon, "arithmetic_dtype", lambda device: torch.float32)  # bfloat16 rounds too much
     whole = train(tmp_path, optimizer="muon", max_iters=6)
     split = train(tmp_path, optimizer="muon", max_iters=6, batch_size=2, gradient_accumulation_steps=4)
     assert split.losses == pytest.approx(whole.losses, abs=1e-4)
@@ -76,7 +76,7 @@ def test_muon_accumulates_as_one_batch(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("knob", ["beta1", "momentum"])
-def test_muons_run_hears_the_flag(tmp_path, knob):
+def test_a_flag_changes_a_run_with_muon(tmp_path, knob):
     flags = {"optimizer": "muon", "max_iters": 3}
     assert train(tmp_path, **flags).losses != train(tmp_path, **flags, **{knob: 0.5}).losses
 
@@ -145,7 +145,7 @@ def test_two_processes_train_on_the_same_windows(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert "2 processes by DDP (cpu, 1 thread each), float32" in result.stdout
-    assert result.stdout.count("step 20: ") == 1  # one process speaks
+    assert result.stdout.count("step 20: ") == 1  # only one process prints
     history = [json.loads(line) for line in (tmp_path / "two" / "history.jsonl").read_text().splitlines()]
     assert [entry["loss"] for entry in history if "loss" in entry] == pytest.approx(one.losses, abs=1e-5)
     assert [entry["lr"] for entry in history if "lr" in entry] == one.rates
@@ -166,7 +166,7 @@ def test_accelerate_launch_runs_the_command_of_the_readme(tmp_path):
 
 
 def whole_split_loss(run, split: str) -> float:
-    """Mean loss over all targets of a split in windows side by side, one window at a time, in float64."""
+    """Mean loss over all targets of a split, in windows that follow each other, one at a time, in float64."""
     model = AutoModelForCausalLM.from_pretrained(run.out_dir, trust_remote_code=False).double().eval()
     stream = open_stream(run.data_dir, split)
     rest = len(stream) - 1
@@ -236,7 +236,7 @@ def test_bfloat16_arithmetic_keeps_float32_weights(run, tmp_path):
     assert {tensor.dtype for tensor in load_file(half.out_dir / "model.safetensors").values()} == {torch.float32}
 
 
-def test_init_from_goes_on_where_the_model_is(run, tmp_path):
+def test_training_from_a_model_begins_at_its_loss(run, tmp_path):
     more = train(tmp_path, init_from=run.out_dir, data_dir=run.data_dir, corpus=run.data_dir.parent / "corpus.txt")
     assert more.val_losses[0] == pytest.approx(run.val_losses[-1], abs=1e-5)
     assert more.val_losses[-1] < run.val_losses[-1]

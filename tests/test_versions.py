@@ -48,7 +48,7 @@ def test_a_static_cache_is_used_under_either_name(name):
 
 
 def test_both_names_stand_in_the_signature():
-    # clients look there before they pass a cache: PEFT for the old name, generate for either
+    # clients look for the name in the signature before they pass a cache: PEFT for the old one, generate for either
     for kind in (NanoGPTForCausalLM, NanoGPTModel):
         assert set(NAMES) <= set(inspect.signature(kind.forward).parameters)
 
@@ -78,7 +78,7 @@ def test_a_cache_or_mask_under_another_name_is_refused(kind, name, value):
     model = make_model(kind)
     with pytest.raises(ValueError, match=f"{name} is unknown to this model: .*cache.*attention_mask"):
         model(make_ids(1, 4), **{name: value})
-    model(make_ids(1, 4), **{name: None})  # what a caller leaves out changes nothing
+    model(make_ids(1, 4), **{name: None})  # None is as if the argument were left out
 
 
 @pytest.mark.parametrize("name", NAMES)

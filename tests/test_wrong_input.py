@@ -1,4 +1,4 @@
-"""What a person may get wrong when starting the trainer: one line names it and the way out, and nothing is written."""
+"""Mistakes in starting the trainer: one line names the mistake and the remedy, and nothing is written."""
 
 import os
 import re
@@ -13,19 +13,20 @@ from accelerate.state import AcceleratorState, GradientState
 from transformers import LlamaConfig
 
 import train_accelerate
+from support import PATIENCE
 from support.texts import write_words
 from support.tiny_run import TINY, write_recipe
 from tokenization.arguments import DataArguments
 from tokenization.prepare import prepare
 
 TRAINER = Path(train_accelerate.__file__)
-# Where data_dir and out_dir would be: two levels down, so that a folder made on the way to them is seen as well.
+# The places of data_dir and out_dir, two levels down, so that a folder made on the way to them is seen too.
 FLAGS = TINY | {"corpus": "corpus.txt", "data_dir": "new/data", "out_dir": "fresh/out"}
 
 
 @pytest.fixture(scope="module")
 def all_inputs(run, tmp_path_factory):
-    """A folder with a text, a data_dir and a model that are all right, and what is wrong beside them."""
+    """A folder with a good text, data_dir and model, and with broken ones beside them."""
     folder = tmp_path_factory.mktemp("inputs")
     text = write_words(folder / "corpus.txt").read_text()
     (folder / "other.txt").write_text(text[::-1])
@@ -48,12 +49,12 @@ def all_inputs(run, tmp_path_factory):
 
 @pytest.fixture
 def inputs(all_inputs, tmp_path):
-    """A copy of that folder for one test: what a trainer that refuses nothing leaves there meets no other test."""
+    """A copy of that folder for one test. If the trainer does write something, other tests do not see it."""
     return shutil.copytree(all_inputs, tmp_path / "inputs")
 
 
 def files_below(folder):
-    """What changes when a file below the folder is written, or one comes or goes."""
+    """A value that changes if a file below the folder is written, added or removed."""
     return {path: (path.stat().st_mtime_ns, path.is_dir() or path.read_bytes()) for path in sorted(folder.rglob("*"))}
 
 
@@ -65,7 +66,7 @@ def without_progress(stderr):
 
 @pytest.fixture
 def refusal(inputs, tmp_path, monkeypatch, capsys):
-    """Run the trainer with flags that it must refuse; returns the one line that says why."""
+    """Run the trainer with flags that it must refuse. Returns the line that says why."""
     monkeypatch.chdir(inputs)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # the same answer on a machine that has a GPU
 
@@ -107,7 +108,7 @@ def refusal(inputs, tmp_path, monkeypatch, capsys):
     ],
     ids=str,
 )
-def test_a_shape_that_is_no_model_is_refused(refusal, flags, said):
+def test_a_shape_that_is_not_a_model_is_refused(refusal, flags, said):
     message = refusal(**flags)
     assert all(part in message for part in said)
 
@@ -131,7 +132,7 @@ def test_a_shape_that_is_no_model_is_refused(refusal, flags, said):
     ],
     ids=str,
 )
-def test_a_number_that_nothing_could_be_trained_with_is_refused(refusal, flags, said):
+def test_a_number_with_which_nothing_can_be_trained_is_refused(refusal, flags, said):
     message = refusal(**flags)
     assert all(part in message for part in said)
 
@@ -226,17 +227,17 @@ def test_a_launcher_that_asks_for_another_precision_is_refused(refusal, monkeypa
     ],
     ids=str,
 )
-def test_a_model_that_cannot_be_gone_on_from_is_refused(refusal, flags, said):
+def test_a_model_from_which_training_cannot_start_is_refused(refusal, flags, said):
     message = refusal(**flags)
     assert all(part in message for part in said)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# In processes of their own: what libraries say while they are imported counts as well
+# In processes of their own: what libraries print while they are imported counts too
 
 
 def start(inputs, tmp_path, launcher, environment, **flags):
-    """Run the trainer from the shell; returns the finished process, which has written nothing."""
+    """Run the trainer from the shell. Returns the finished process, which must have written nothing."""
     recipe = write_recipe(tmp_path / "recipe.yaml", **FLAGS | flags)
     before = files_below(inputs)
     dropped = ("ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION", "WORLD_SIZE")
@@ -246,7 +247,7 @@ def start(inputs, tmp_path, launcher, environment, **flags):
         env={key: value for key, value in os.environ.items() if key not in dropped} | environment,
         capture_output=True,
         encoding="utf-8",
-        timeout=120,  # a process that waits for another one that has left would wait for ever
+        timeout=PATIENCE,  # a process would wait forever for another one that has ended
     )
     assert files_below(inputs) == before
     assert process.returncode != 0
@@ -268,7 +269,7 @@ def refusals_of_two(inputs, tmp_path, environment, **flags):
     return set(re.findall(r"train_accelerate\.py: error: (.*)", process.stderr))
 
 
-def test_micro_batches_that_two_processes_cannot_share_out_are_refused(inputs, tmp_path):
+def test_micro_batches_that_two_processes_cannot_share_equally_are_refused(inputs, tmp_path):
     (message,) = refusals_of_two(inputs, tmp_path, {"ACCELERATE_USE_CPU": "true"}, gradient_accumulation_steps=3)
     assert "gradient_accumulation_steps=3" in message and "divisible" in message and "2" in message
 

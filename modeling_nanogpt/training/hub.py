@@ -87,7 +87,7 @@ class Pusher:
         """Push what out_dir holds now, or in the end. `message` is the commit message, a new one for each save."""
         self.unpushed = message
         if self.strategy != "end":
-            self.start()
+            self.start(message)
 
     def finish(self, message: str | None = None) -> None:
         """Wait until the Hub has the newest save. If the Hub does not take it, print the command that brings it there.
@@ -99,7 +99,7 @@ class Pusher:
         if self.next:
             wait([self.next])
         if self.unpushed:
-            self.start()
+            self.start(self.unpushed)
         self.worker.shutdown()
         shutil.rmtree(self.out_dir / ".pushing", ignore_errors=True)
         if self.unpushed:
@@ -111,7 +111,7 @@ class Pusher:
         elif self.next:
             tqdm.write(f"{self.out_dir} is on the Hub: {HfApi().endpoint}/{self.model_id}")
 
-    def start(self) -> None:
+    def start(self, message: str) -> None:
         """Have a copy of out_dir pushed as soon as the running upload has ended."""
         if self.next and self.next.cancel():  # an older save still waited
             shutil.rmtree(self.out_dir / ".pushing" / str(self.copies), ignore_errors=True)
@@ -119,10 +119,10 @@ class Pusher:
         copy = self.out_dir / ".pushing" / str(self.copies)
         try:
             self.write_copy(copy)
-            self.next = self.worker.submit(self.push, copy, self.unpushed)
+            self.next = self.worker.submit(self.push, copy, message)
         except OSError as error:  # the disk has no room for the copy
             shutil.rmtree(copy, ignore_errors=True)
-            self.warn(f"{self.unpushed} is not on the Hub yet ({explain(error)})")
+            self.warn(f"{message} is not on the Hub yet ({explain(error)})")
 
     def write_copy(self, copy: Path) -> None:
         """Make a folder as the repository will be. Large files become links, because saving never changes a file."""
@@ -154,12 +154,12 @@ class Pusher:
                 self.check_access()
             # the client asks for this only once, and retries everything else: so a missing Hub shows at once
             info = api.model_info(self.model_id)
-            there = {sibling.rfilename for sibling in info.siblings}
+            there = {sibling.rfilename for sibling in info.siblings or ()}
             card = copy / "README.md"
             if card.exists() and card.name in there:
                 keep_notes(card, Path(api.hf_hub_download(self.model_id, card.name, revision=info.sha)))
             files = {path.relative_to(copy).as_posix(): path for path in copy.rglob("*") if path.is_file()}
-            changes = [CommitOperationAdd(name, path) for name, path in sorted(files.items())]
+            changes: list = [CommitOperationAdd(name, path) for name, path in sorted(files.items())]
             if self.strategy == "checkpoint":
                 older = sorted(name for name in there - files.keys() if name.startswith(f"{LAST}/"))
                 changes += [CommitOperationDelete(name) for name in older]
@@ -225,7 +225,7 @@ def keep_notes(card: Path, theirs: Path) -> None:
         card.write_text(with_notes(text, notes_of(theirs.read_text(encoding="utf-8"))), encoding="utf-8")
 
 
-def explain(error: Exception) -> str:
+def explain(error: BaseException) -> str:
     """What went wrong, in one line that never holds the token."""
     line = first_line(getattr(error, "server_message", None) or error) or type(error).__name__
     if isinstance(error, HfHubHTTPError):

@@ -177,7 +177,7 @@ def draw_samples(
     generator = torch.Generator().manual_seed(1337)
     start = opening(tokenizer)
     ids = torch.tensor([start] * 3)  # (3, T)
-    new, cache = ids, None
+    new, cache = ids, None  # (3, T) at first, then (3, 1)
     with torch.compiler.set_stance("force_eager"):  # a batch of one token at a time is not worth compiling
         while ids.shape[1] < min(block_size, 100):
             output = model(input_ids=new.to(device), cache=cache, use_cache=True)
@@ -187,14 +187,18 @@ def draw_samples(
             new, cache = likeliest.indices.gather(1, choice), output[CACHE]  # (3, 1)
             ids = torch.cat([ids, new], dim=1)
     model.train(was_training)
-    rows, end = [row[len(start) :] for row in ids.tolist()], tokenizer.eos_token_id
-    return [tokenizer.decode(row[: row.index(end)] if end in row else row) for row in rows]
+    texts: list[str] = []
+    for row in ids[:, len(start) :].tolist():
+        if tokenizer.eos_token_id in row:
+            row = row[: row.index(tokenizer.eos_token_id)]
+        texts.append(str(tokenizer.decode(row)))
+    return texts
 
 
 def opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids of a newline, or the end-of-text id if no token spells a newline."""
     try:
-        ids = tokenizer("\n", add_special_tokens=False).input_ids
+        ids: list[int] = tokenizer("\n", add_special_tokens=False).input_ids
     except Exception:  # tokenizers raises the base class if the vocabulary lacks a character
         ids = []
     return ids or [tokenizer.eos_token_id or 0]
@@ -230,11 +234,12 @@ def plot_losses(path: Path, history: list[dict], step_tokens: int) -> None:
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     best = min((loss for _, loss in points["val_loss"]), default=math.nan)
-    for key, label, style in (
+    styles: tuple[tuple[str, str, dict], ...] = (
         ("loss", "training, as logged", {"color": "#c6dbef", "linewidth": 1}),
         ("eval_train_loss", "training, evaluated", {"color": "#1f77b4", "marker": "o", "markersize": 3}),
         ("val_loss", f"validation, lowest {best:.3f}", {"color": "#ff7f0e", "marker": "o", "markersize": 3}),
-    ):
+    )
+    for key, label, style in styles:
         drawn = [(step * step_tokens, loss) for step, loss in points[key] if key == "loss" or loss <= high]
         if drawn:
             axes.plot(*zip(*drawn, strict=True), label=label, **style)

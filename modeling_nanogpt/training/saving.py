@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from tqdm import tqdm  # what tqdm writes does not run into a bar
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from ..modeling_nanogpt import NanoGPTForCausalLM
@@ -98,7 +98,7 @@ class Saver:
             tqdm.write(f"{what} could not be saved ({reason}): the next save tries again", file=sys.stderr)
 
 
-def save_gathered(folder: Path, model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> None:
+def save_gathered(folder: Path, model: NanoGPTForCausalLM, weights: dict[str, torch.Tensor]) -> None:
     """Save weights that were gathered from all processes, as save_pretrained would have before training began.
 
     FSDP2 replaces the model's class by one of its own, whose code would be saved, and it unties the weights, which

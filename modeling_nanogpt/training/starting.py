@@ -122,7 +122,7 @@ def check_same_run(folder: Path, step: int, run: dict, recipe: dict, shaping: It
             )
 
 
-def check_data(start: Start, record: dict, data_dir: str) -> None:
+def check_data(start: Start, record: dict, data_dir: Path) -> None:
     """Raise ValueError if the data does not fit the run or the model. `record` is the data's prepared.json."""
     if start.checkpoint and start.run["data"] != identify_data(record):
         raise ValueError(
@@ -161,7 +161,7 @@ def check_out_dir(out_dir: Path, checkpoint: Path | None, overwrites: bool) -> N
 
 def superseded_by(out_dir: Path, checkpoint: Path | None) -> list[Path]:
     """The checkpoints in out_dir that this run makes void: those after the one it goes on from, or all of them."""
-    if not is_within(checkpoint, out_dir):
+    if checkpoint is None or not is_within(checkpoint, out_dir):
         return list_checkpoints(out_dir)
     return [folder for folder in list_checkpoints(out_dir) if folder.name > checkpoint.name]
 

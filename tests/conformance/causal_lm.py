@@ -1,6 +1,6 @@
 """transformers' own tests of a model, a configuration, training, sharding and export, on the NanoGPT classes.
 
-Run by suite.py, which puts transformers' `tests` on the path. The file's name keeps it out of an ordinary pytest run.
+suite.py runs this file, with transformers' `tests` on the path. An ordinary pytest run passes over its name.
 """
 
 import unittest
@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from modeling_nanogpt import NanoGPTConfig, NanoGPTForCausalLM, NanoGPTModel
 
-# The suite looks a class up by its name to know its task, and runs distributed tests for a choice of model types.
+# The suite knows the task of a class by the name of the class, and has a list of model types for distributed tests.
 MODEL_MAPPING_NAMES["nanogpt"] = "NanoGPTModel"
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["nanogpt"] = "NanoGPTForCausalLM"
 test_tensor_parallel_mixin.TP_DISTRIBUTED_TEST_MODEL_TYPES = None
@@ -27,7 +27,7 @@ test_fsdp_mixin.FSDP_DISTRIBUTED_TEST_MODEL_TYPES = None
 
 
 class NanoGPTTester:
-    """What the suite asks of a model's tester: the shape of a tiny model, and inputs for it."""
+    """What the suite needs to know of a model: the shape of a tiny one, and inputs for it."""
 
     base_model_class = NanoGPTModel
     causal_lm_class = NanoGPTForCausalLM

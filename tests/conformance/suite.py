@@ -2,8 +2,9 @@
 
     python tests/conformance/suite.py [pytest arguments]
 
-A release's source archive holds tests/test_*.py, but none of the folders and helpers beside them. Each one that these
-files import is a line in STAND_INS, which leads back to this file; a stand-in that leaves tests out says so as a skip.
+The source archive of a release holds tests/test_*.py, but not the folders and helpers beside them. STAND_INS has a
+line for each of those that the tests import, and leads back to this file. A stand-in that leaves tests out skips them,
+with a reason.
 """
 
 import os
@@ -40,19 +41,19 @@ config_common_kwargs = {"dtype": "float16", "return_dict": False, "output_hidden
 class GenerationTesterMixin:
     @unittest.skip("tests/generation is not in the source archive of transformers")
     def test_generation(self):
-        """Here test_training_overfit and test_tp_generation generate; the rest is up to tests/test_modeling.py."""
+        """test_training_overfit and test_tp_generation generate here; tests/test_modeling.py tests the rest."""
 
 
 class ExportTesterMixin:
     @unittest.skip("tests/exporters is not in the source archive of transformers")
     def test_exporters(self):
-        """Export as such is in test_executorch.py."""
+        """test_executorch.py tests the export itself."""
 
 
 class PipelineTesterMixin:
     @unittest.skip("tests/pipelines is not in the source archive of transformers, and runs on models from the Hub")
     def test_pipelines(self):
-        """No stand-in: test_pipeline_mixin.py itself cannot be imported without that folder."""
+        """There is no stand-in: test_pipeline_mixin.py cannot be imported without that folder."""
 
 
 def run_distributed(world_size):
@@ -126,7 +127,7 @@ def main():
         "HF_HUB_OFFLINE": "1",  # a test that wants a file from the Hub fails at once
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
-        "RUN_SLOW": "1",  # such tests take seconds here, or say what they need
+        "RUN_SLOW": "1",  # such tests take only seconds here, or say what they need
         # our own options are stricter about marks than transformers' tests are
         "PYTEST_ADDOPTS": "--override-ini=addopts= -W ignore::pytest.PytestUnknownMarkWarning --noconftest "
         "-rs --no-fold-skipped",

@@ -11,13 +11,13 @@ from tokenization.prepare import prepare
 
 
 def prepare_flags(minimum_tokens=2, **flags):
-    """The record of what prepare makes with these flags; a path may be a Path."""
+    """The record of the data_dir that prepare makes with these flags. A path may be a Path."""
     flags = {name: str(value) if isinstance(value, Path) else value for name, value in flags.items()}
     return prepare(DataArguments(**flags), minimum_tokens).record
 
 
 def stored_ids(data_dir, split):
-    """The ids of a split, read through `datasets` alone: the rows one after another, all but the last of ROW ids."""
+    """The ids of a split, read through `datasets` alone. Each row but the last must have ROW ids."""
     count = json.loads((Path(data_dir) / "prepared.json").read_text())["tokens"][split]
     rows = datasets.load_from_disk(str(data_dir))[split]["input_ids"][:]
     assert [len(row) for row in rows] == [ROW] * (count // ROW) + [count % ROW] * (count % ROW > 0)
@@ -25,7 +25,7 @@ def stored_ids(data_dir, split):
 
 
 def split_documents(documents):
-    """The documents of each split, where there are several."""
+    """The documents of each split, for a corpus of several documents."""
     return {
         split: [text for i, text in enumerate(documents) if is_val(i, 0.1) == (split == "val")]
         for split in ("train", "val")
@@ -42,7 +42,7 @@ def joined_ids(tokenizer, documents, end):
 
 
 def files_of(folder):
-    """What changes when a file below the folder is written, or one comes or goes."""
+    """A value that changes if a file below the folder is written, added or removed."""
     return {
         str(path.relative_to(folder)): (
             path.stat().st_mtime_ns,

@@ -2,7 +2,7 @@
 
     with Hub() as hub:                                    in a test (the fixture `hub`), one thread a request
         hub.run(tmp_path, [sys.executable, "-c", code])   a process that knows no other Hub, with an empty cache
-        hub.fail("/commit/", 500, times=1)                the next request whose path matches is answered so
+        hub.fail("/commit/", 500, times=1)                the next request whose path matches gets this status
 
     python tests/support/hub.py [--port 8080]              a process of its own, until it is interrupted
 
@@ -32,7 +32,7 @@ LARGE = (".safetensors", ".bin", ".pt", ".pth", ".parquet", ".arrow", ".npz", ".
 
 
 class Answer(Exception):
-    """What a request is answered with where that is no success, raised from wherever that shows."""
+    """An answer that is not a success. It is raised at the place that finds the reason."""
 
     def __init__(self, status: int, message: str, code: str | None = None, **headers):
         super().__init__(message)
@@ -121,7 +121,7 @@ class Fault:
 
 
 class Hub:
-    """The server with its repositories; `requests` lists what it was asked, as "METHOD /path"."""
+    """The server with its repositories. `requests` lists all requests, as "METHOD /path"."""
 
     def __init__(self, port: int = 0):
         self.repositories: dict[tuple[str, str], Repository] = {}
@@ -130,7 +130,7 @@ class Hub:
         self.faults: list[Fault] = []
         self.lock = threading.RLock()
         self.server = self.thread = None
-        # Bound, and never asked to listen: while the Hub is stopped, its port is given to nobody else.
+        # Bound, but it never listens. So the system gives the port to nobody else while the Hub is stopped.
         self.held = socket.socket()
         self.held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.held.bind(("127.0.0.1", port))
@@ -155,7 +155,7 @@ class Hub:
         self.thread.start()
 
     def stop(self) -> None:
-        """Refuse all connections from now on; what is stored stays."""
+        """Refuse all connections from now on. The repositories stay as they are."""
         self.server.shutdown()
         self.server.server_close()
         self.thread.join()
@@ -165,7 +165,7 @@ class Hub:
         return f"http://127.0.0.1:{self.port}"
 
     def environment(self, home: Path, token: str | None = "hf_alice", **more: str) -> dict[str, str]:
-        """The environment of a process that knows this Hub alone, with an empty cache if `home` is new."""
+        """The environment of a process that knows only this Hub, with an empty cache if `home` is new."""
         ours = {
             name: value
             for name, value in os.environ.items()
@@ -181,7 +181,7 @@ class Hub:
         """The CompletedProcess of a command under that environment, started in `home`, with its output as text."""
         home.mkdir(exist_ok=True)
         environment = self.environment(home, token, **more)
-        return subprocess.run(command, cwd=home, env=environment, text=True, capture_output=True, timeout=300)
+        return subprocess.run(command, cwd=home, env=environment, text=True, capture_output=True, timeout=600)
 
     def fail(self, pattern: str, status: int, times: int = 1, **headers: str) -> None:
         """Answer the next requests that match with an HTTP status."""
@@ -202,7 +202,7 @@ class Hub:
         return self.repositories["datasets", name]
 
     def put(self, kind: str, name: str, files: dict[str, bytes], private: bool = False) -> Repository:
-        """A commit on main without a request, in a repository that is made if need be."""
+        """Commit to main without a request. A missing repository is made."""
         with self.lock:
             repository = self.repositories.setdefault((kind, name), Repository(kind, name, private))
             stored = {path: Stored(content, is_large(path, content)) for path, content in files.items()}
@@ -294,7 +294,7 @@ class Handler(BaseHTTPRequestHandler):
     # Who asks, and for what
 
     def user(self, required: bool = False) -> tuple[str | None, str]:
-        """The name and the permission of who asks; a token that nobody has is refused wherever it is shown."""
+        """The name and the permission of the user who asks. A token that no user has is always refused."""
         kind, _, token = self.headers.get("Authorization", "").partition(" ")
         if kind == "Bearer" and token not in TOKENS:
             raise Answer(401, "Invalid credentials in Authorization header")
@@ -303,7 +303,7 @@ class Handler(BaseHTTPRequestHandler):
         return TOKENS.get(token, (None, "none"))
 
     def repository(self, kind: str | None, name: str, write: bool = False) -> Repository:
-        """The repository that a path names, if who asks may read it, or write to it."""
+        """The repository that a path names, if the user may read it, or write to it."""
         user, permission = self.user()
         repository = self.hub.repositories.get(((kind or "models").strip("/"), name))
         hidden = repository is None or (repository.private and not name.startswith(f"{user}/"))
@@ -422,7 +422,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_content(self.hub.large[sha256], {"ETag": f'"{sha256}"', "Accept-Ranges": "bytes"})
 
     def send_content(self, content: bytes, headers: dict) -> None:
-        """The whole of it, or the bytes that a Range asks for."""
+        """The whole content, or the bytes that a Range asks for."""
         asked = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))
         if not asked:
             return self.respond(content, **headers)
@@ -482,7 +482,7 @@ class Handler(BaseHTTPRequestHandler):
         self.respond({})
 
     def serve_commit(self, kind: str, name: str, revision: str) -> None:
-        """A whole commit or none of it: one JSON object a line, the header first."""
+        """Commit everything or nothing. The request has one JSON object a line, the header first."""
         with self.hub.lock:
             repository = self.repository(kind, name, write=True)
             if revision not in repository.names:

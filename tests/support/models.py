@@ -8,7 +8,7 @@ VOCAB, BLOCK = 61, 32
 
 
 def make_config(**changes):
-    # Weights much larger than a trained model's: attention is peaked and far from uniform, so that a wrong mask, a
+    # Weights much larger than those of a trained model: attention is far from uniform, so that a wrong mask, a
     # lost cache or a shifted position changes the logits by far more than any tolerance below.
     return NanoGPTConfig(
         **{"vocab_size": VOCAB, "block_size": BLOCK, "n_layer": 2, "n_head": 2, "n_embd": 32, "initializer_range": 0.3}
@@ -17,7 +17,7 @@ def make_config(**changes):
 
 
 def make_model(cls=NanoGPTForCausalLM, seed=0, attention="sdpa", **changes):
-    """A tiny model in eval mode whose biases and norms are not the trivial ones that a new model has."""
+    """A tiny model in eval mode. Its biases and norms are not the zeros and ones of a new model."""
     torch.manual_seed(seed)
     model = cls(make_config(**changes)).eval()
     with torch.no_grad():

@@ -20,7 +20,7 @@ NEW_TOKENS = 24
 
 
 def save(folder: Path) -> None:
-    """Write the model, its tokenizer, and the text of a loop that computes each token from all before it."""
+    """Write the model, its tokenizer, and a text that a loop generates: each token from all tokens before it."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script, it finds `support` there

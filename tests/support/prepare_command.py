@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
-from support import ROOT
+from support import PATIENCE, ROOT
 from support.forks import fork
 
 
@@ -29,7 +29,7 @@ class Command:
 
     def wait_for(self, condition, *arguments) -> None:
         """Until a condition holds, which it must before the process ends."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE
         while not condition(*arguments):
             assert self.process.is_alive() or condition(*arguments), self.result()
             assert time.monotonic() < deadline
@@ -37,14 +37,14 @@ class Command:
 
     def result(self) -> SimpleNamespace:
         """Its exit status and what it said, once it has ended."""
-        self.process.join(60)
+        self.process.join(PATIENCE)
         stdout, stderr = (path.read_bytes().decode() if path.exists() else "" for path in self.said)
         return SimpleNamespace(returncode=self.process.exitcode, stdout=stdout, stderr=stderr)
 
     def kill(self, number: int = signal.SIGKILL) -> int:
         with suppress(ProcessLookupError):  # it has just ended by itself
             os.kill(self.process.pid, number)
-        self.process.join(60)
+        self.process.join(PATIENCE)
         return self.process.exitcode
 
 
@@ -85,7 +85,7 @@ def run_command(*flags, **options):
         [sys.executable, "-m", "tokenization.prepare", *flags],
         capture_output=True,
         encoding="utf-8",
-        timeout=120,
+        timeout=PATIENCE,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         **options,
     )

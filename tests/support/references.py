@@ -1,6 +1,6 @@
-"""A GPT written here from its definitions, to compare the project's with.
+"""A GPT written here from its definitions, as a reference for the project's GPT.
 
-Weights are a dict of plain tensors under the model's names, without the head's: it is the token embedding.
+Weights are a dict of plain tensors under the model's names. The head has no entry, because it is the token embedding.
 """
 
 import math
@@ -34,7 +34,7 @@ def tanh_gelu(x):
 
 
 def attention(x, weights, name):
-    """Each head by itself: softmax over the past of q k / sqrt(D), applied to v."""
+    """Attention, head by head: softmax of q k / sqrt(D) over the past, applied to v."""
     q, k, v = linear(x, weights, f"{name}.c_attn").chunk(3, dim=-1)
     past, size, heads = torch.ones(x.shape[1], x.shape[1]).tril().bool(), WIDTH // HEADS, []
     for head in range(HEADS):
@@ -56,7 +56,7 @@ def reference_logits(weights, tokens, gelu):
 
 
 def make_counterpart(bias, activation="gelu"):
-    """The project's model of the same shape; its attention is far from uniform, its biases and norms not trivial."""
+    """The project's model of the same shape. Its attention is far from uniform, and no bias or norm is 0 or 1."""
     torch.manual_seed(0)
     config = NanoGPTConfig(
         vocab_size=VOCAB,

@@ -1,4 +1,4 @@
-"""Runs of the trainer in processes of their own, which can be killed and which meet each other over loopback."""
+"""Runs of the trainer in processes of their own, which a test can kill, and which meet over loopback."""
 
 import os
 import signal
@@ -16,12 +16,12 @@ from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launch
 
 import train_accelerate
 from modeling_nanogpt.training.hooks import Hooks
-from support import ROOT
+from support import PATIENCE, ROOT
 from support.forks import fork
 from support.texts import write_words
 from support.tiny_run import TINY, write_recipe
 
-HELD = []  # sockets, bound and never closed, of which nothing is asked but to hold their ports
+HELD = []  # sockets that are bound and never closed, so that the system gives their ports to nobody else
 
 
 def recipe_of(folder: Path, **flags) -> Path:
@@ -33,14 +33,14 @@ def recipe_of(folder: Path, **flags) -> Path:
 
 
 def start(recipe: Path, log: Path, *flags: str, before: tuple = (), environment: dict | None = None) -> BaseProcess:
-    """Start the trainer; what it says goes to `log`. `before` are (function, *arguments) to call in it first."""
+    """Start the trainer, with its output in `log`. `before` are (function, *arguments) that it calls first."""
     return fork(live, [str(recipe), *flags], str(log), before, environment or {})
 
 
 def start_together(
     count: int, recipe: Path, log: Path, *flags: str, before=lambda rank: (), environment: dict | None = None
 ) -> list[BaseProcess]:
-    """Start `count` processes that train together, as torchrun would; what process N says goes to `log`.N."""
+    """Start `count` processes that train together, as torchrun would. The output of process N goes to `log`.N."""
     shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     shared |= {"ACCELERATE_USE_CPU": "true"} | (environment or {})
     running = []
@@ -51,7 +51,7 @@ def start_together(
 
 
 def free_port() -> int:
-    """A port on which nobody listens, and which the system gives to nobody else while this process lives."""
+    """A port on which nobody listens. The system gives it to nobody else while this process lives."""
     held = socket.socket()
     held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a trainer that is told the port may listen there
     held.bind(("127.0.0.1", 0))
@@ -71,13 +71,13 @@ def live(argv: list[str], log: str, before: tuple, environment: dict) -> None:
     train_accelerate.run(train_accelerate.parse_arguments(argv), HOOKS)
 
 
-def finish(*processes: BaseProcess, seconds: float = 300) -> list[int]:
-    """Wait for all, and end the others where one fails; returns their exit statuses, -N where signal N killed one."""
+def finish(*processes: BaseProcess, seconds: float = PATIENCE) -> list[int]:
+    """Wait for all. If one fails, end the others. Returns the exit statuses, -N for a process that signal N killed."""
     deadline = time.monotonic() + seconds
     while any(process.exitcode is None for process in processes):
         late = time.monotonic() > deadline
         if late or any(process.exitcode for process in processes):
-            # a launcher would end the others at once; those that end by themselves may do so
+            # a launcher would end the others at once; here, each may still end by itself
             for process in processes:
                 process.join(0 if late else 5)
                 process.kill()
@@ -139,7 +139,7 @@ def log_windows(path: str) -> None:
 
 
 def read_windows(path: Path) -> tuple[int, list[list[int]]]:
-    """What log_windows has noted."""
+    """The notes of log_windows."""
     first, *batches = path.read_text().splitlines()
     return int(first), [[int(offset) for offset in batch.split()] for batch in batches]
 
@@ -173,7 +173,7 @@ def send_itself(number: int) -> None:
 
 
 def launch(configuration: str, *flags: str) -> tuple[str, dict]:
-    """How `accelerate launch` starts a script by one of our configurations: with what, and in which environment."""
+    """The launcher and the environment with which `accelerate launch` starts a script by one of our configurations."""
     parser = launch_command_parser()
     path = ROOT / "hub_configs" / "accelerate" / f"{configuration}.yaml"
     args = parser.parse_args(["--config_file", str(path), *flags, str(ROOT / "train_accelerate.py")])

@@ -1,4 +1,4 @@
-"""Texts to tokenize, prepare and train on, and how they come to files."""
+"""Texts to tokenize, prepare and train on, and functions that write them to files."""
 
 import random
 import textwrap
@@ -38,12 +38,12 @@ HARD_TEXTS = [
     "1234567890 3.14 \u00b2 \u2167 \u0663",
 ]
 
-# Many short lines that repeat, with line ends of Windows among them.
+# Many short lines that repeat, some with line ends of Windows.
 FOXES = "".join(f"{i}: the quick brown fox\r\njumps over {i * i % 97} lazy dogs; {END} is text\n" for i in range(120))
 
 
 def random_texts(count, seed):
-    """Texts of up to 40 pieces from pools that each hold a way to lose something."""
+    """Texts of up to 40 pieces. Each pool of pieces holds something that is easily lost."""
     dice = random.Random(seed)
     seen = sorted(set(TEXT))
     pools = [
@@ -62,14 +62,14 @@ def random_texts(count, seed):
 
 
 def write_words(path: Path) -> Path:
-    """A text of 6,000 characters with something to learn in it: words out of a small vocabulary."""
+    """A text of 6,000 characters in which there is something to learn: words out of a small vocabulary."""
     words = random.Random(0).choices(["to", "be", "or", "not", "question", "noble", "slings\n"], k=2000)
     path.write_text(" ".join(words)[:6000])
     return path
 
 
 def write_corpus(folder, texts, suffix=".txt"):
-    """Files whose names sort in the order of the texts, written in another order."""
+    """Files whose names sort in the order of the texts, but which are written in another order."""
     folder.mkdir(parents=True)
     for i in sorted(range(len(texts)), key=lambda i: i * 7919 % 104729):
         (folder / f"{i:05d}{suffix}").write_bytes(texts[i].encode())

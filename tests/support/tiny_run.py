@@ -1,4 +1,4 @@
-"""A recipe so small that a run of it takes seconds, and such a run in this very process."""
+"""A recipe so small that a run takes seconds, and a function that does such a run in this process."""
 
 import json
 from pathlib import Path

@@ -1,8 +1,9 @@
 """Kill runs with SIGKILL at random moments and resume them until they are done: `make torture`.
 
-A strike falls after a random time, or right before a random one of the operations by which a save writes, renames and
-removes files; of two processes it takes both, or one. Whatever falls, the run that is resumed must end with the very
-weights of a run that nothing interrupted, and must have trained on each step's windows once.
+A kill comes after a random time, or right before one of the operations by which a save writes, renames and removes
+files, chosen at random. If a run has two processes, the kill takes one of them or both. In each case the resumed run
+must end with the same weights as a run that nothing interrupted, and must have trained on the windows of each step
+once.
 """
 
 import argparse
@@ -39,7 +40,7 @@ FLAGS |= {"batch_size": 2, "gradient_accumulation_steps": 4}
 
 @dataclasses.dataclass
 class Row:
-    """A run of the table; `strikes` says where each kill has struck, `begun` at which steps its attempts began."""
+    """A run of the table. `strikes` says what each kill interrupted, `begun` at which steps the attempts began."""
 
     processes: int
     save_interval: int
@@ -50,7 +51,7 @@ class Row:
 
 
 def attempt(folder: Path, processes: int, windows: Path, *flags: str, before: tuple = ()) -> list:
-    """Start the run, or start it again where a checkpoint is; the main process does what `before` says first."""
+    """Start the run, or resume it if there is a checkpoint. The main process does what `before` says first."""
     out_dir = folder / "out"
     resumed = any((checkpoint / "state.json").exists() for checkpoint in list_checkpoints(out_dir))
     flags = (f"--out_dir={out_dir}", f"--init_from={'resume' if resumed else 'scratch'}", *flags)
@@ -65,7 +66,7 @@ def attempt(folder: Path, processes: int, windows: Path, *flags: str, before: tu
 
 
 def struck(out_dir: Path, begun: bool) -> str:
-    """What a killed run was doing, by what it has left."""
+    """What a killed run was doing, judged by the files that it left."""
     if (out_dir / "checkpoints" / ".saving").exists():
         return "writing a checkpoint"
     if (out_dir / ".saving").exists():
@@ -76,7 +77,7 @@ def struck(out_dir: Path, begun: bool) -> str:
 
 
 def kill_and_resume(folder: Path, processes: int, save_interval: int, kills: int, seconds: float, seed: int) -> Row:
-    """One run, struck `kills` times. An uninterrupted one, beside which it lies, took `seconds`."""
+    """One run, killed `kills` times. The uninterrupted run beside it took `seconds`."""
     rng, out_dir = random.Random(seed), folder / "out"
     flags = (f"--save_interval={save_interval}", f"--keep_checkpoints={rng.choice([1, 2])}")
     folder.mkdir()
@@ -93,10 +94,10 @@ def kill_and_resume(folder: Path, processes: int, save_interval: int, kills: int
                 process.kill()
         statuses = finish(*running)
         if -9 not in statuses:
-            break  # it was quicker
+            break  # the run ended before the kill
         strikes.append(struck(out_dir, Path(f"{logs[-1]}.0").exists()))
         if (out_dir / "model.safetensors").exists():
-            NanoGPTForCausalLM.from_pretrained(out_dir)  # whatever stands there loads
+            NanoGPTForCausalLM.from_pretrained(out_dir)  # what is there must load
     logs.append(folder / f"windows-{len(logs)}")
     running = attempt(folder, processes, logs[-1], *flags)
     statuses = finish(*running)
@@ -113,9 +114,9 @@ def same_weights(ours: Path, theirs: Path) -> bool:
 
 
 def trained_on(data_dir: Path, logs: list[Path], processes: int) -> tuple[list[int], bool]:
-    """The steps at which the attempts began; whether what counts of them are the windows of each step, once.
+    """The steps at which the attempts began, and whether they trained on the windows of each step once.
 
-    Of an attempt that was killed, the steps count that the one after it did not do again.
+    If an attempt was killed, only those of its steps count that the next attempt did not repeat.
     """
     stream, micro_batches = open_stream(str(data_dir), "train"), 4 // processes
     right = True
@@ -144,7 +145,7 @@ def unbroken(folder: Path, processes: int) -> float:
 
 
 def main(runs: int, pairs: int, seed: int) -> bool:
-    """Do so many runs of one process and of two, print the table, and say whether all went well."""
+    """Do so many runs with one process and with two, print the table, and say whether all went well."""
     rng = random.Random(seed)
     disable_progress_bar()
     print("run  processes  save_interval  attempts began at steps      weights  windows  killed while")
