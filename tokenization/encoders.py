@@ -222,7 +222,8 @@ def ranks_of(model: dict, special: set[str]) -> dict[bytes, int] | None:
     if not set().union(*vocabulary) <= letters.keys() or not letters.keys() <= vocabulary.keys():
         return None
     ranks = {bytes([byte]): vocabulary[letter] for letter, byte in letters.items()}
-    merged, found, last = {}, set(), -1
+    merged: dict[bytes, int] = {}
+    found, last = set(), -1
     for left, right in (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]):
         pair = [bytes(letters[letter] for letter in part) for part in (left, right)]
         token, i = b"".join(pair), vocabulary.get(left + right, -1)
