@@ -26,7 +26,8 @@ from typing import IO, Any
 import numpy as np
 import pyarrow as pa
 
-COMPRESSED = {".gz", ".tgz", ".bz2", ".xz", ".zst"}
+OPENERS: dict[str, Any] = {".gz": gzip.open, ".tgz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+COMPRESSED = OPENERS.keys() | {".zst"}
 ARCHIVES = {".zip", ".tar"}
 PLAIN = {".txt", ".md", ".rst"}
 JSON = {".json", ".jsonl", ".jsonlines", ".ndjson"}
@@ -118,8 +119,7 @@ def unpack(file: IO[bytes], name: str) -> IO[bytes]:
         except ImportError:
             raise ValueError('is compressed with zstd: pip install "nanogpt-hf[zstd]", or unpack it') from None
         return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True))
-    openers: dict[str, Any] = {".gz": gzip.open, ".tgz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-    return openers[suffix](file, "rb") if suffix in openers else file
+    return OPENERS[suffix](file, "rb") if suffix in OPENERS else file
 
 
 def read_content(kind: str, file: IO[bytes], column: str, path: Path | None) -> Iterator[Piece]:
@@ -299,7 +299,7 @@ def text_of(row, column: str, where: str) -> str:
     check_column(row if isinstance(row, dict) else [], column, where)
     text = row[column]
     if text is not None and not isinstance(text, str):
-        raise ValueError(f"has {type(text).__name__} in column {column!r} at {where}, where a text should be")
+        raise ValueError(f"has {type(text).__name__} in column {column!r} at {where}, but a text is expected")
     if text and not text.isascii():
         try:
             text.encode()
