@@ -18,8 +18,9 @@ from support.forks import fork
 class Command:
     """`python -m tokenization.prepare` with these flags, as a process that a test may kill.
 
-    small: files and batches so small that a text of a megabyte has many, and so many seconds of rest after each
-    shard. most: bytes in a file, beyond which writing fails. worker_dies: whoever tokenizes is killed.
+    small: files and batches are so small that a text of a megabyte has many, and the process rests so many seconds
+    after each shard. most: the largest size of a file in bytes; writing beyond it fails. worker_dies: the process
+    that tokenizes is killed.
     """
 
     def __init__(self, folder: Path, *flags, small: float | None = None, most: int | None = None, worker_dies=False):
@@ -28,7 +29,7 @@ class Command:
         self.process = fork(run, list(map(str, flags)), small, most, worker_dies, *map(str, self.said))
 
     def wait_for(self, condition, *arguments) -> None:
-        """Until a condition holds, which it must before the process ends."""
+        """Wait until a condition holds. It must hold before the process ends."""
         deadline = time.monotonic() + PATIENCE
         while not condition(*arguments):
             assert self.process.is_alive() or condition(*arguments), self.result()
@@ -36,7 +37,7 @@ class Command:
             time.sleep(0.002)
 
     def result(self) -> SimpleNamespace:
-        """Its exit status and what it said, once it has ended."""
+        """The exit status and the output of the process, once it has ended."""
         self.process.join(PATIENCE)
         stdout, stderr = (path.read_bytes().decode() if path.exists() else "" for path in self.said)
         return SimpleNamespace(returncode=self.process.exitcode, stdout=stdout, stderr=stderr)
