@@ -100,7 +100,7 @@ def test_a_run_on_a_dataset_of_the_hub_goes_on_where_the_connection_was_lost(hub
     corpus = write_corpus(tmp_path / "corpus", DOCUMENTS)
     prepare_flags(corpus=corpus, data_dir=tmp_path / "tokens", tokenizer="bpe", vocab_size=300)
     code = PREPARE + (
-        "making.STRETCH, making.SHARD, making.ROWS = 300, 1100, 1\n"
+        "making.STRETCH, making.SHARD, making.PART = 300, 1100, 2\n"
         "flags['tokenizer'] = '../tokens'\n"
         "tokenized, encode = [], making.encode_texts\n"
         "making.encode_texts = lambda *table, **named: tokenized.append(table) or encode(*table, **named)\n"

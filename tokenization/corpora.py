@@ -128,8 +128,8 @@ class HubCorpus(Corpus):
         for split in filter(None, [asked.corpus_split, asked.val_split]):
             if split not in files:
                 raise ValueError(f"it has no split {split!r}, but {', '.join(map(str, files))}")
-        self.held_out = set(files[asked.val_split]) if asked.val_split else set()
-        self.paths = [*files[asked.corpus_split], *self.held_out]
+        held_out = files[asked.val_split] if asked.val_split else []
+        self.paths, self.held_out = [*files[asked.corpus_split], *held_out], set(held_out)
 
     def read_path(self, path: str, left_out: Counter):
         try:

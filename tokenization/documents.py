@@ -257,7 +257,7 @@ def read_table(kind: str, file: BinaryIO, column: str, path: Path | None) -> Ite
             pa.parquet.ParquetFile(file if file.seekable() else io.BytesIO(file.read())),
             {"columns": [column]},
         )
-        check_column(parquet.schema_arrow.names, column, "the table")
+        check_column(parquet.schema_arrow.names, column, "row 1")
         if path is None or path.suffix in COMPRESSED or not parquet.metadata.num_rows:  # which `datasets` cannot read
             table = parquet.read([column])
     if table is None:
@@ -268,7 +268,7 @@ def read_table(kind: str, file: BinaryIO, column: str, path: Path | None) -> Ite
     number = 1
     try:
         for batch in batches:
-            check_column(batch.column_names, column, "the table")
+            check_column(batch.column_names, column, "row 1")
             yield from contents_of(batch[column], column, number)
             number += len(batch)
     except pandas.errors.ParserError as error:

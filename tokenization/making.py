@@ -20,7 +20,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset, DatasetDict, Features, List, Value, concatenate_datasets
+from datasets import Dataset, Features, List, Value, concatenate_datasets
 from filelock import FileLock, Timeout
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
@@ -32,10 +32,10 @@ from .provenance import RECORD, asked_for, check_length
 from .vocabularies import check_tokens, load_tokenizer, named_tokenizer, train_bpe_tokenizer, train_char_tokenizer
 from .windows import TokenStream, views_of
 
-SHARD = 2**26  # characters, or ids, that are read before they are tokenized: what a kill can cost, seconds of work
+SHARD = 2**25  # characters, or ids, that are read before they are tokenized: what a kill can cost, seconds of work
 STRETCH = 2**21  # characters that map hands to the encoder at a time
 ROW = 1024  # tokens in a stored row; a unit of storage, not a context: windows cross rows
-ROWS = 4096  # rows that are cut at a time
+ROWS, PART = 2**12, 2**16  # rows that are cut at a time, and that a file holds
 BPE_SAMPLE = 2**30  # bytes of the train split, from its start, that a bpe tokenizer is trained on
 STAMP, TOKENIZER, LOCK = "made_from.json", "tokenizer", "lock"
 COUNTS = ("documents", "bytes", "unknowns")
@@ -62,11 +62,6 @@ def make_data_dir(
                     data_dir.rmdir()  # empty, as prepare has seen
                 (staging / "whole").rename(data_dir)
                 forget(staging)
-    except Unreached:
-        raise
-    except ValueError:
-        forget(staging)  # a run with a mistake is not gone on with
-        raise
     except OSError as error:
         kept = f"; what is done waits in {staging}" if staging.exists() else ""
         raise ValueError(f"data_dir={data_dir} cannot be written: {error}{kept}") from None
@@ -107,14 +102,16 @@ def fill(
             counts[key][row["split"]] += row[key]
     if cut is not None:
         counts["documents"] = {"train": 1, "val": 1}  # half of one
-    files = tuple(file["filename"] for file in stretches.cache_files)
-    tokens = {split: len(open_tokens(files, split)) for split in ("train", "val")}
+    files = [file["filename"] for file in stretches.cache_files]
+    sizes = {split: [len(open_tokens(file, split)) for file in files] for split in ("train", "val")}
+    tokens = {split: sum(each) for split, each in sizes.items()}
     check_length(tokens, minimum_tokens)
 
     identity = hashlib.sha256(f"{corpus.sha256} {tokenizer.backend_tokenizer.to_str()}".encode()).hexdigest()[:11]
-    whole, num_proc = staging / "whole", arguments.num_proc
-    rows = {split: cut_rows(files, split, staging, id_type, f"{identity}-{split}", num_proc) for split in tokens}
-    DatasetDict(rows).save_to_disk(whole)
+    whole = staging / "whole"
+    for split in tokens:
+        save_rows(whole / split, files, sizes[split], split, id_type, f"{identity}-{split}")
+    (whole / "dataset_dict.json").write_text(json.dumps({"splits": list(tokens)}), encoding="utf-8")
     shutil.copytree(staging / TOKENIZER, whole, dirs_exist_ok=True)
     record = {
         "corpus": arguments.corpus,
@@ -179,7 +176,7 @@ def find_cut(corpus: Corpus, val_fraction: float) -> int | None:
         documents += ends
     if not documents:
         raise ValueError(f"corpus={corpus.name}: there is no text in it")
-    return int(characters * (1 - Fraction(str(val_fraction))))
+    return int(characters * (1 - exactly(val_fraction)))
 
 
 def is_val(document: int, val_fraction: float) -> bool:
@@ -187,8 +184,14 @@ def is_val(document: int, val_fraction: float) -> bool:
 
     So both splits have one as soon as there are two, and no later document has a say.
     """
-    over, under = Fraction(str(val_fraction)).as_integer_ratio()
+    over, under = exactly(val_fraction).as_integer_ratio()
     return -(-document * over // under) > -((1 - document) * over // under)
+
+
+@lru_cache
+def exactly(fraction: float) -> Fraction:
+    """What was meant: 0.1 is a tenth."""
+    return Fraction(str(fraction))
 
 
 def split_pieces(corpus: Corpus, cut: int | None, val_fraction: float, whole: bool = False) -> Iterator[tuple]:
@@ -319,44 +322,59 @@ def table_of(stretches: list[tuple]) -> pa.Table:
     return pa.table({"split": splits, "input_ids": lists, **dict(zip(COUNTS, counts, strict=True))})
 
 
-@lru_cache(maxsize=2)
-def open_tokens(files: tuple[str], split: str) -> TokenStream:
-    """The ids of a split in the files that tokenize has written, one stream without a copy."""
+@lru_cache(maxsize=2)  # a file that is closed again takes no memory
+def open_tokens(file: str, split: str) -> TokenStream:
+    """The ids of a split in a file that tokenize has written, without a copy."""
     chunks = []
-    for file in files:
-        for batch in Dataset.from_file(file).data.to_batches():
-            (ids,) = views_of(pa.chunked_array([batch["input_ids"]]))
-            bounds = batch["input_ids"].offsets.to_numpy()
-            bounds = bounds - bounds[0]
-            parts = zip(batch["split"].to_pylist(), bounds, bounds[1:], strict=False)
-            chunks += [ids[start:end] for name, start, end in parts if name == split and end > start]
+    for batch in Dataset.from_file(file).data.to_batches():
+        (ids,) = views_of(pa.chunked_array([batch["input_ids"]]))
+        bounds = batch["input_ids"].offsets.to_numpy()
+        bounds = bounds - bounds[0]
+        parts = zip(batch["split"].to_pylist(), bounds, bounds[1:], strict=False)
+        chunks += [ids[start:end] for name, start, end in parts if name == split and end > start]
     return TokenStream(chunks, sum(map(len, chunks)))
 
 
-def cut_rows(files: tuple[str], split: str, staging: Path, id_type: str, fingerprint: str, num_proc: int) -> Dataset:
-    """The ids of a split as rows of ROW ids, of which only the last is shorter."""
-    count = -(-len(open_tokens(files, split)) // ROW)
-    rows = Dataset(pa.table({"row": np.arange(count)})).with_format("arrow")
-    return rows.map(
-        cut_some_rows,
-        fn_kwargs={"files": files, "split": split},
-        batched=True,
-        batch_size=ROWS,
-        num_proc=num_proc if num_proc > 1 else None,
-        features=Features({"input_ids": List(Value(id_type))}),
-        remove_columns=["row"],
-        cache_file_name=str(staging / f"rows-{split}.arrow"),
-        new_fingerprint=fingerprint,
-        desc=f"Cutting {split} into rows",
-    ).with_format(None)
+def save_rows(folder: Path, files: list[str], sizes: list[int], split: str, id_type: str, fingerprint: str) -> None:
+    """Save the ids of a split as rows of ROW ids, of which only the last is shorter; a part at a time is in memory."""
+    starts = np.cumsum([0, *sizes]).tolist()  # where each file begins in the stream
+    count = -(-starts[-1] // ROW)
+    names = [f"data-{part:05d}-of-{-(-count // PART):05d}.arrow" for part in range(-(-count // PART))]
+    saved = folder / "part"
+    for part, name in enumerate(names):
+        rows = Dataset(pa.table({"row": np.arange(part * PART, min((part + 1) * PART, count))})).with_format("arrow")
+        rows = rows.map(
+            cut_rows,
+            fn_kwargs={"files": files, "starts": starts, "split": split},
+            batched=True,
+            batch_size=ROWS,
+            features=Features({"input_ids": List(Value(id_type))}),
+            remove_columns=["row"],
+            keep_in_memory=True,
+            new_fingerprint=fingerprint,
+            desc=f"Cutting {split} into rows",
+        )
+        rows.with_format(None).save_to_disk(saved, num_shards=1)
+        (saved / "data-00000-of-00001.arrow").rename(folder / name)
+    # The parts are one dataset: `datasets` opens the files that state.json lists.
+    state = json.loads((saved / "state.json").read_text(encoding="utf-8"))
+    state["_data_files"] = [{"filename": name} for name in names]
+    (folder / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
+    (saved / "dataset_info.json").rename(folder / "dataset_info.json")
+    shutil.rmtree(saved)
 
 
-def cut_some_rows(rows: pa.Table, files: tuple[str], split: str) -> pa.Table:
+def cut_rows(rows: pa.Table, files: list[str], starts: list[int], split: str) -> pa.Table:
     """Row i holds the ids from ROW * i on, before ROW * (i + 1)."""
-    stream, numbers = open_tokens(files, split), rows["row"].to_numpy()
-    start, end = int(numbers[0]) * ROW, min((int(numbers[-1]) + 1) * ROW, len(stream))
+    numbers = rows["row"].to_numpy()
+    start, end = int(numbers[0]) * ROW, min((int(numbers[-1]) + 1) * ROW, starts[-1])
+    parts = [
+        open_tokens(file, split).read(max(start - first, 0), min(end, last) - first)
+        for file, first, last in zip(files, starts, starts[1:], strict=False)
+        if first < end and start < last
+    ]
     offsets = np.minimum(np.arange(len(numbers) + 1) * ROW, end - start).astype(np.int32)
-    return pa.table({"input_ids": pa.ListArray.from_arrays(offsets, pa.array(stream.read(start, end)))})
+    return pa.table({"input_ids": pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(parts)))})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -370,7 +388,7 @@ def goes_on(staging: Path, made_from: dict) -> bool:
     except (OSError, ValueError):
         same = False
     for path in staging.iterdir():
-        if same and path.name.startswith(("tokens-", "rows-", TOKENIZER, STAMP)) or path.name == LOCK:
+        if same and path.name.startswith(("tokens-", TOKENIZER, STAMP)) or path.name == LOCK:
             continue  # what was half written has another name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     return same
@@ -401,6 +419,10 @@ def locked_folder(folder: Path) -> Iterator[None]:
         lock.release()
     try:
         yield
+    except ValueError as mistake:
+        if not isinstance(mistake, Unreached):  # what a network has broken off can go on; a mistake can not
+            forget(folder)
+        raise
     finally:
         if not list(folder.glob("tokens-*.arrow")):
             forget(folder)
@@ -411,9 +433,11 @@ def locked_folder(folder: Path) -> Iterator[None]:
 def calm() -> Iterator[None]:
     """Keep the log of `datasets` off the screen, and Ctrl-C from the processes that tokenize: this one ends them."""
     level, handler, ours = datasets.logging.get_verbosity(), signal.getsignal(signal.SIGINT), os.getpid()
+    interrupted = []
 
     def interrupt(*_):
         if os.getpid() == ours:
+            interrupted.append(True)
             raise KeyboardInterrupt
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
@@ -421,10 +445,12 @@ def calm() -> Iterator[None]:
         signal.signal(signal.SIGINT, interrupt)
     try:
         yield
-    except RuntimeError as error:
-        if "abruptly died" not in str(error):
-            raise
-        raise OSError("a process that tokenizes was killed, for want of memory? Take a smaller --num_proc") from None
+    except Exception as error:
+        if interrupted:  # on its way out, `datasets` may raise something else
+            raise KeyboardInterrupt from None
+        if isinstance(error, RuntimeError) and "abruptly died" in str(error):
+            raise OSError("a process that tokenizes was killed, for want of memory? Take a smaller num_proc") from None
+        raise
     finally:
         datasets.logging.set_verbosity(level)
         with suppress(ValueError):

@@ -74,13 +74,10 @@ def run(
     for number, path in ((1, stdout), (2, stderr)):
         os.dup2(os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY), number)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115  until it ends
-    import datasets
-
     from tokenization import documents, making, prepare
 
     if small is not None:
-        datasets.config.MAX_SHARD_SIZE = "32KB"
-        documents.BLOCK, making.STRETCH, making.SHARD, making.ROWS = 2**12, 2**12, 2**15, 4
+        documents.BLOCK, making.STRETCH, making.SHARD, making.ROWS, making.PART = 2**12, 2**12, 2**15, 4, 32
         shards_of = making.shards_of
 
         def slowly(pieces):
