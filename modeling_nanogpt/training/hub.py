@@ -84,7 +84,7 @@ class Pusher:
         self.model_id, self.checked = name, True
 
     def saved(self, message: str) -> None:
-        """Push what out_dir holds now, or leave that to `finish` if the strategy is `end`. Each save has its message."""
+        """Push what out_dir holds now, or leave that to `finish` if the strategy is `end`. A save has its message."""
         self.unpushed = message
         if self.strategy != "end":
             self.start(message)
