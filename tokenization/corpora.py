@@ -7,14 +7,26 @@ import os
 import re
 import sysconfig
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
-
-import numpy as np
+from typing import Any
 
 from .arguments import DataArguments
-from .documents import ARCHIVES, JSON, KNOWN, TABLES, first_line, is_hidden, is_shard, kind_of, read_file, read_tokens
+from .documents import (
+    ARCHIVES,
+    JSON,
+    KNOWN,
+    TABLES,
+    Content,
+    Piece,
+    first_line,
+    is_hidden,
+    is_shard,
+    kind_of,
+    read_file,
+    read_tokens,
+)
 
 STDLIB = "python-stdlib"
 # Left out of the standard library: tests, generated tables, what pip installed, and what differs between machines.
@@ -36,15 +48,17 @@ class Corpus:
     holds between them: for a single text, that of its file. `left_out` counts files of no known kind, by suffix.
     """
 
-    revision = None
-
-    def __init__(self, arguments: DataArguments, paths: list, left_out: Counter, held_out: list = ()):
+    def __init__(self, arguments: DataArguments, paths: list, left_out: Counter[str], held_out: Iterable = ()):
         """The documents of `held_out` are for validation, and come last; without it, validation takes some of all."""
-        self.name, self.column, self.left_out = arguments.corpus, arguments.text_column, left_out
+        self.name, self.column, self.left_out = str(arguments.corpus), arguments.text_column, left_out
         self.paths, self.held_out = [*paths, *held_out], set(held_out)
         tables = any(kind_of(str(path)) in {*JSON, *TABLES, *ARCHIVES} for path in paths)
         self.flags = [*(["text_column"] if tables else []), *([] if held_out else ["val_fraction"])]
-        self.vocab_size = None  # that token ids must be below
+        self.vocab_size: int | None = None  # that token ids must be below
+
+    @cached_property
+    def revision(self) -> str | None:
+        return None
 
     @cached_property
     def fingerprint(self) -> str:
@@ -56,12 +70,12 @@ class Corpus:
         content, *_ = next(self.read(), ("",))
         return isinstance(content, str)
 
-    def read(self) -> Iterator[tuple[str | np.ndarray, bool, bool | None]]:
+    def read(self) -> Iterator[tuple[Content, bool, bool | None]]:
         """Pieces of documents: text or ids, whether the document ends, whether it is held out (None: not said)."""
-        digest, between, left_out = hashlib.sha256(), b"", Counter()
+        digest, between, left_out = hashlib.sha256(), b"", Counter[str]()
         for path in self.paths:
             for content, ends in self.read_path(path, left_out):
-                if self.vocab_size and content.max() >= self.vocab_size:
+                if self.vocab_size and not isinstance(content, str) and content.max() >= self.vocab_size:
                     raise ValueError(
                         f"corpus: {path} has the id {content.max()}, but its tokenizer only {self.vocab_size} tokens: "
                         "--tokenizer names the one that it was made with"
@@ -69,9 +83,10 @@ class Corpus:
                 digest.update(between + (content.encode() if isinstance(content, str) else content.tobytes()))
                 between = b"\xff" if ends else b""
                 yield content, ends, path in self.held_out if self.held_out else None
-        self.sha256, self.left_out = digest.hexdigest(), self.left_out | left_out
+        self.sha256 = digest.hexdigest()
+        self.left_out |= left_out
 
-    def read_path(self, path: Path, left_out: Counter) -> Iterator[tuple[str | np.ndarray, bool]]:
+    def read_path(self, path: Any, left_out: Counter) -> Iterator[Piece]:
         return read_file(path, self.column, left_out)
 
 
@@ -87,9 +102,11 @@ class TokenCorpus(Corpus):
         if not 0 < len(held_out) < len(paths):
             raise ValueError(f"corpus={self.name}: of its token files, some must have val in their name, and some not")
 
-    is_text = False
+    @cached_property
+    def is_text(self) -> bool:
+        return False
 
-    def read_path(self, path: Path, left_out: Counter) -> Iterator[tuple[np.ndarray, bool]]:
+    def read_path(self, path: Path, left_out: Counter) -> Iterator[Piece]:
         return read_tokens(path)
 
 
@@ -156,7 +173,7 @@ class HubCorpus(Corpus):
 
 def open_corpus(arguments: DataArguments) -> Corpus:
     """The corpus that the flags name; raises ValueError if there is none."""
-    name, left_out = arguments.corpus, Counter()
+    name, left_out = str(arguments.corpus), Counter[str]()
     try:
         if is_saved(Path(name)):
             return open_saved(arguments)
@@ -183,7 +200,7 @@ def open_saved(arguments: DataArguments) -> Corpus:
     """A dataset, or several splits of one, that save_to_disk has written."""
 
     def files_of(split: str) -> list[Path]:
-        folder = Path(arguments.corpus)
+        folder = Path(str(arguments.corpus))
         if not (folder / "state.json").is_file():
             folder = folder / split
             if not folder.is_dir():

@@ -21,12 +21,13 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path, PurePath
-from typing import BinaryIO
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
 
-COMPRESSED = {".gz": gzip.open, ".tgz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": None}
+OPENERS: dict[str, Any] = {".gz": gzip.open, ".tgz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+COMPRESSED = OPENERS.keys() | {".zst"}
 ARCHIVES = {".zip", ".tar"}
 PLAIN = {".txt", ".md", ".rst"}
 JSON = {".json", ".jsonl", ".jsonlines", ".ndjson"}
@@ -40,7 +41,8 @@ UNREADABLE = (
     *(zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, pa.ArrowException),
 )
 
-Piece = tuple[str | np.ndarray, bool]
+Content = str | np.ndarray
+Piece = tuple[Content, bool]
 
 
 def kind_of(name: str) -> str:
@@ -62,10 +64,10 @@ def read_file(path: Path, column: str, left_out: Counter) -> Iterator[Piece]:
     `column` is where a table has its text. A file of any other kind is text in UTF-8, one document. `left_out` counts
     the members of archives that are of no known kind, by suffix.
     """
-    where = path
+    where = str(path)
     try:
         for name, file in open_file(path, left_out):
-            where = f"{path} ({name})" if name else path
+            where = f"{path} ({name})" if name else str(path)
             for content, ends in read_content(kind_of(name or path.name), file, column, None if name else path):
                 if len(content):
                     yield content, ends
@@ -77,7 +79,7 @@ def read_file(path: Path, column: str, left_out: Counter) -> Iterator[Piece]:
         raise ValueError(f"corpus: {where} {mistake}") from None
 
 
-def open_file(path: Path, left_out: Counter) -> Iterator[tuple[str, BinaryIO]]:
+def open_file(path: Path, left_out: Counter) -> Iterator[tuple[str, IO[bytes]]]:
     """The file itself, or the members of an archive: the name in the archive, and the content."""
     kind = kind_of(path.name)
     if kind not in ARCHIVES:
@@ -92,21 +94,23 @@ def open_file(path: Path, left_out: Counter) -> Iterator[tuple[str, BinaryIO]]:
                 left_out[kind_of(name)] += 1
 
 
-def open_zip(archive: BinaryIO) -> Iterator[tuple[str, BinaryIO]]:
+def open_zip(archive: IO[bytes]) -> Iterator[tuple[str, IO[bytes]]]:
     with zipfile.ZipFile(archive) as members:
         for name in sorted(members.namelist()):
             if not name.endswith("/"):
                 yield name, members.open(name)
 
 
-def open_tar(archive: BinaryIO) -> Iterator[tuple[str, BinaryIO]]:
+def open_tar(archive: IO[bytes]) -> Iterator[tuple[str, IO[bytes]]]:
     with tarfile.open(fileobj=archive, mode="r:") as members:
         for member in members:
             if member.isfile():
-                yield member.name, members.extractfile(member)
+                content = members.extractfile(member)
+                assert content is not None  # it is only of what is no file
+                yield member.name, content
 
 
-def unpack(file: BinaryIO, name: str) -> BinaryIO:
+def unpack(file: IO[bytes], name: str) -> IO[bytes]:
     """An open file of this name without its compression."""
     suffix = PurePath(name).suffix.lower()
     if suffix == ".zst":
@@ -115,10 +119,10 @@ def unpack(file: BinaryIO, name: str) -> BinaryIO:
         except ImportError:
             raise ValueError('is compressed with zstd: pip install "nanogpt-hf[zstd]", or unpack it') from None
         return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True))
-    return COMPRESSED[suffix](file, "rb") if suffix in COMPRESSED else file
+    return OPENERS[suffix](file, "rb") if suffix in OPENERS else file
 
 
-def read_content(kind: str, file: BinaryIO, column: str, path: Path | None) -> Iterator[Piece]:
+def read_content(kind: str, file: IO[bytes], column: str, path: Path | None) -> Iterator[Piece]:
     """The documents of an open file of this kind; `path` is None if the file is in an archive."""
     if kind in TABLES:
         return read_table(kind, file, column, path)
@@ -134,7 +138,7 @@ def read_content(kind: str, file: BinaryIO, column: str, path: Path | None) -> I
 # Text and token ids
 
 
-def read_text(file: BinaryIO, any_suffix: bool = False) -> Iterator[Piece]:
+def read_text(file: IO[bytes], any_suffix: bool = False) -> Iterator[Piece]:
     """Plain text to the last character, line ends and byte order mark as they are, in pieces of about BLOCK bytes.
 
     A piece ends where GPT-2's pattern ends a word whatever follows: before a space or line end that follows something
@@ -142,7 +146,8 @@ def read_text(file: BinaryIO, any_suffix: bool = False) -> Iterator[Piece]:
     the ids of the whole. A text without such a place is one piece.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
-    held, taken, block = [], 0, b" "
+    held: list[str] = []
+    taken, block = 0, b" "
     while block:
         block = file.read(BLOCK)
         try:
@@ -169,7 +174,7 @@ def last_cut(text: str) -> int:
     return 0
 
 
-def read_python(file: BinaryIO) -> Iterator[Piece]:
+def read_python(file: IO[bytes]) -> Iterator[Piece]:
     """A Python file, which may name an encoding of its own in its first lines."""
     content = io.BytesIO(file.read())
     try:
@@ -208,7 +213,7 @@ def is_shard(path: Path) -> bool:
 # Rows
 
 
-def read_lines(file: BinaryIO) -> Iterator[tuple[str, object]]:
+def read_lines(file: IO[bytes]) -> Iterator[tuple[str, object]]:
     """The values of JSON lines, and where each stands."""
     for number, line in enumerate(file, start=1):
         if line.strip():
@@ -220,7 +225,7 @@ def read_lines(file: BinaryIO) -> Iterator[tuple[str, object]]:
                 raise ValueError(f"is no JSON at line {number}: {error}") from None
 
 
-def read_json(file: BinaryIO) -> Iterator[tuple[str, object]]:
+def read_json(file: IO[bytes]) -> Iterator[tuple[str, object]]:
     """A list of rows, one row, or rows line by line, as many a file has it that is called .json."""
     content = file.read()
     try:
@@ -236,18 +241,18 @@ def read_json(file: BinaryIO) -> Iterator[tuple[str, object]]:
         yield f"row {number}", row
 
 
-def read_table(kind: str, file: BinaryIO, column: str, path: Path | None) -> Iterator[Piece]:
+def read_table(kind: str, file: IO[bytes], column: str, path: Path | None) -> Iterator[Piece]:
     """The texts, or lists of ids, in a column of a table. What is in an archive is read whole, without `datasets`."""
     import pandas
     from datasets import Features, Value, load_dataset
 
-    table, options = None, {}
+    table, options, separator = None, dict[str, Any](), "\t" if kind == ".tsv" else ","
     if TABLES[kind] == "csv":
         csv.field_size_limit(sys.maxsize)  # a document may be long
         # as text, whatever it looks like: "007", "NA" and "1.50" stay what they are
-        options = {"sep": "\t" if kind == ".tsv" else ",", "encoding": "utf-8-sig", "keep_default_na": False}
+        options = {"sep": separator, "encoding": "utf-8-sig", "keep_default_na": False}
         lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
-        check_column(next(csv.reader(lines, delimiter=options["sep"]), []), column, "row 1")
+        check_column(next(csv.reader(lines, delimiter=separator), []), column, "row 1")
         if path is None:
             file.seek(0)
             table = pa.table(pandas.read_csv(file, usecols=[column], dtype=str, **options))
@@ -294,7 +299,7 @@ def text_of(row, column: str, where: str) -> str:
     check_column(row if isinstance(row, dict) else [], column, where)
     text = row[column]
     if text is not None and not isinstance(text, str):
-        raise ValueError(f"has {type(text).__name__} in column {column!r} at {where}, where a text should be")
+        raise ValueError(f"has {type(text).__name__} in column {column!r} at {where}, but a text is expected")
     if text and not text.isascii():
         try:
             text.encode()

@@ -207,7 +207,7 @@ def words_of(pre_tokenizer: dict | None) -> str | None:
 
 
 def ranks_of(model: dict, special: set[str]) -> dict[bytes, int] | None:
-    """The tokens of a byte-level BPE as tiktoken takes them, bytes to id; None where it would give other ids.
+    """The tokens of a byte-level BPE as tiktoken takes them, bytes to id; None if it would give other ids.
 
     The library merges the pair that stands first in the list of merges, tiktoken the one whose joint token has the
     lowest id. These are the same if ids never fall along the list, and if each token's own bytes, merged by what
@@ -222,7 +222,8 @@ def ranks_of(model: dict, special: set[str]) -> dict[bytes, int] | None:
     if not set().union(*vocabulary) <= letters.keys() or not letters.keys() <= vocabulary.keys():
         return None
     ranks = {bytes([byte]): vocabulary[letter] for letter, byte in letters.items()}
-    merged, found, last = {}, set(), -1
+    merged: dict[bytes, int] = {}
+    found, last = set(), -1
     for left, right in (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]):
         pair = [bytes(letters[letter] for letter in part) for part in (left, right)]
         token, i = b"".join(pair), vocabulary.get(left + right, -1)
@@ -252,7 +253,7 @@ def merge_bytes(token: bytes, merged: dict[bytes, int]) -> list[bytes]:
 
 
 def byte_letters() -> list[str]:
-    """GPT-2's letter for each byte: itself where it prints, else the next one from U+0100 on."""
+    """GPT-2's letter for each byte: itself if it prints, else the next one from U+0100 on."""
     prints = [33 <= byte <= 126 or 161 <= byte <= 172 or byte >= 174 for byte in range(256)]
     return [chr(byte if prints[byte] else 256 + byte - sum(prints[:byte])) for byte in range(256)]
 

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -96,10 +96,7 @@ def fill(
 
     id_type = "uint16" if len(tokenizer) <= 2**16 else "uint32"
     stretches = concatenate_datasets(list(tokenize(staging, corpus, tokenizer, cut, arguments, id_type)))
-    counts = {key: {"train": 0, "val": 0} for key in COUNTS}
-    for row in stretches.select_columns(["split", *COUNTS]).with_format(None):
-        for key in COUNTS:
-            counts[key][row["split"]] += row[key]
+    counts = stretches.select_columns(["split", *COUNTS]).to_pandas().groupby("split").sum().to_dict()
     if cut is not None:
         counts["documents"] = {"train": 1, "val": 1}  # half of one
     files = [file["filename"] for file in stretches.cache_files]
@@ -137,7 +134,7 @@ def make_tokenizer(corpus: Corpus, cut: int | None, arguments: DataArguments) ->
             "one that they were made with: gpt2, a folder, or the text file whose characters they are"
         )
     if name == "char":  # of both splits, as in nanoGPT
-        return train_char_tokenizer(text for text, *_ in corpus.read())
+        return train_char_tokenizer(str(text) for text, *_ in corpus.read())
     return train_bpe_tokenizer(train_texts(corpus, cut, arguments.val_fraction), arguments.vocab_size)
 
 
@@ -200,7 +197,8 @@ def split_pieces(corpus: Corpus, cut: int | None, val_fraction: float, whole: bo
     A single document is cut at `cut`, and neither half ends. `whole` joins the pieces of a document, or of a half.
     """
     documents = characters = 0
-    held, held_split = [], ""
+    held: list[str] = []
+    held_split = ""
     for content, ends, held_out in corpus.read():
         if cut is not None:
             at = min(max(cut - characters, 0), len(content))
@@ -216,7 +214,7 @@ def split_pieces(corpus: Corpus, cut: int | None, val_fraction: float, whole: bo
             if held and split != held_split:
                 yield held_split, "".join(held), False
                 held = []
-            held, held_split = [*held, part], split
+            held, held_split = [*held, str(part)], split
             if ends:
                 yield split, "".join(held), True
                 held = []
@@ -257,10 +255,10 @@ def tokenize(
     if corpus.is_text:
         spec = tokenizer.backend_tokenizer.to_str()
         whole = not open_encoder(spec).cuts
-        function, settings = encode_texts, {"spec": spec, "end_id": end_id if cut is None else None}
+        function = partial(encode_texts, spec=spec, end_id=end_id if cut is None else None)
     else:
         corpus.vocab_size = len(tokenizer)
-        function, settings = count_ids, {"sizes": count_bytes(tokenizer), "end_id": end_id}
+        function = partial(count_ids, sizes=count_bytes(tokenizer), end_id=end_id)
     counts = {key: Value("int64") for key in COUNTS}
     features = Features({"split": Value("string"), "input_ids": List(Value(id_type)), **counts})
     pieces = split_pieces(corpus, cut, arguments.val_fraction, whole)
@@ -271,7 +269,6 @@ def tokenize(
         rows = Dataset(pa.table({"split": splits, "content": pa.array(contents, kind), "ends": ends}))
         yield rows.with_format("arrow").map(
             function,
-            fn_kwargs=settings,
             batched=True,
             batch_size=max(1, len(rows) * STRETCH // size),
             num_proc=arguments.num_proc if arguments.num_proc > 1 else None,

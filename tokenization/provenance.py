@@ -45,7 +45,8 @@ def check_record(record: dict, arguments: DataArguments) -> None:
 
     A corpus that is not there any more, or is on the web, is taken to be what it was.
     """
-    data_dir, mend = arguments.data_dir, f"give another --data_dir, or remove {arguments.data_dir}"
+    data_dir, name = str(arguments.data_dir), str(arguments.corpus)
+    mend = f"give another --data_dir, or remove {data_dir}"
     if not same_tokenizer_as_recorded(record, arguments):
         raise ValueError(
             f"data_dir={data_dir} was made with tokenizer={record['tokenizer']}, not {arguments.tokenizer}: {mend}"
@@ -57,8 +58,8 @@ def check_record(record: dict, arguments: DataArguments) -> None:
         if record.get(key, asked[key]) != asked[key]:
             flag = key.removesuffix("_asked")
             raise ValueError(f"data_dir={data_dir} was made with {flag}={record[key]}, not {asked[key]}: {mend}")
-    named_alike = record["corpus"] == arguments.corpus and arguments.corpus_revision in ("", record.get("revision"))
-    if named_alike and is_address(arguments.corpus):
+    named_alike = record["corpus"] == name and arguments.corpus_revision in ("", record.get("revision"))
+    if named_alike and is_address(name):
         return
     try:
         corpus = open_corpus(arguments)
@@ -78,7 +79,7 @@ def check_record(record: dict, arguments: DataArguments) -> None:
         if record["sha256"] == corpus.sha256:
             return
     raise ValueError(
-        f"data_dir={data_dir} was made from other text ({made_from}) than corpus={arguments.corpus} holds now: {mend}"
+        f"data_dir={data_dir} was made from other text ({made_from}) than corpus={name} holds now: {mend}"
     )
 
 
@@ -94,7 +95,7 @@ def same_tokenizer_as_recorded(record: dict, arguments: DataArguments) -> bool:
         same_tokenizer,
     )  # seconds, which the usual case is spared
 
-    return same_tokenizer(named_tokenizer(name), load_tokenizer(arguments.data_dir, "data_dir"))
+    return same_tokenizer(named_tokenizer(name), load_tokenizer(str(arguments.data_dir), "data_dir"))
 
 
 def check_length(tokens: dict[str, int], minimum_tokens: int) -> None:

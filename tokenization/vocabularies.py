@@ -44,7 +44,7 @@ def load_tokenizer(name: str, flag: str = "tokenizer", revision: str | None = No
         else:
             allowed = "it must hold a tokenizer"
         raise ValueError(f"{flag}={name}: no tokenizer can be loaded ({first_line(error)}); {allowed}") from None
-    if not tokenizer.is_fast:
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"{flag}={name} has no tokenizer.json, nor what one can be made from")
     if max(tokenizer.get_vocab().values(), default=-1) >= len(tokenizer):
         raise ValueError(f"{flag}={name} has {len(tokenizer)} tokens, but ids beyond that number")
@@ -59,17 +59,18 @@ def same_tokenizer(first: PreTrainedTokenizerFast, second: PreTrainedTokenizerFa
         backend.no_truncation()
     if backends[0].to_str() == backends[1].to_str():
         return True
-    encoders = [make_encoder(backend) for backend in backends]
+    one, other = (make_encoder(backend) for backend in backends)
     return (
-        all(isinstance(encoder, TiktokenEncoder) for encoder in encoders)
-        and encoders[0].ranks == encoders[1].ranks
-        and (encoders[0].words == encoders[1].words or encoders[0].cuts and encoders[1].cuts)
+        isinstance(one, TiktokenEncoder)
+        and isinstance(other, TiktokenEncoder)
+        and one.ranks == other.ranks
+        and (one.words == other.words or one.cuts and other.cuts)
         and (len(first), first.eos_token_id) == (len(second), second.eos_token_id)
     )
 
 
 def check_tokens(
-    tokenizer: PreTrainedTokenizerFast, model_tokenizer: PreTrainedTokenizerFast | None, data_dir: str
+    tokenizer: PreTrainedTokenizerFast, model_tokenizer: PreTrainedTokenizerFast | None, data_dir: str | None
 ) -> None:
     """Raise ValueError if a model has learned other tokens than those of the data."""
     if model_tokenizer is not None and not same_tokenizer(tokenizer, model_tokenizer):
@@ -120,7 +121,7 @@ def train_char_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
 
 def read_char_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     """The characters of a text file and no other token, as nanoGPT has them: what models trained on its .bin know."""
-    characters = characters_of(text for text, _ in read_file(path, "text", Counter()))
+    characters = characters_of(str(text) for text, _ in read_file(path, "text", Counter()))
     tokenizer = Tokenizer(models.WordLevel({character: i for i, character in enumerate(characters)}))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
@@ -171,19 +172,20 @@ def make_gpt2_tokenizer() -> PreTrainedTokenizerFast:
             "filled on another machine; or take --tokenizer=bpe, which needs no download"
         ) from None
     converter = TikTokenConverter(pattern=encoding._pat_str, extra_special_tokens=[END_OF_TEXT])
-    converter.load_tiktoken_bpe = lambda vocab_file: encoding._mergeable_ranks  # there is no file to read them from
+    # there is no file to read them from
+    converter.load_tiktoken_bpe = lambda tiktoken_url: encoding._mergeable_ranks  # type: ignore[method-assign]
     return fast_tokenizer(converter.converted())
 
 
 def get_encoding() -> tiktoken.Encoding:
     """tiktoken's "gpt2"; a line on stderr comes before a download, because tiktoken downloads in silence."""
-    read_file, said = tiktoken.load.read_file, []
+    read_file, said = tiktoken.load.read_file, list[str]()
 
-    def read_aloud(address: str) -> bytes:
+    def read_aloud(blobpath: str) -> bytes:
         if not said:
             print("fetching GPT-2's vocabulary (1.5 MB) ...", file=sys.stderr, flush=True)
-            said.append(address)
-        return read_file(address)
+            said.append(blobpath)
+        return read_file(blobpath)
 
     tiktoken.load.read_file = read_aloud  # tiktoken calls it only for what its cache lacks
     try:

@@ -5,7 +5,7 @@ function of the seed and the step, so any step can be reached at once and on any
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,7 +56,7 @@ class TokenStream:
         self._starts = np.concatenate([[0], ends])  # (chunks + 1,)
         self._length = length
         self._end_id = end_id
-        self._documents = {}  # block_size: what document_windows has found
+        self._documents: dict[int, Windows] = {}  # by block_size: what document_windows has found
 
     def __len__(self) -> int:
         return self._length
@@ -102,12 +102,12 @@ class TokenStream:
         and the next one goes on from there. One pass over the stream finds the documents; the result is kept.
         """
         if block_size not in self._documents:
-            ends = [
-                np.flatnonzero(chunk == self._end_id) + start
+            found = [
+                np.flatnonzero(chunk == self._end_id) + start + 1
                 for chunk, start in zip(self._chunks, self._starts[:-1], strict=True)
             ]
-            ends = np.concatenate(ends) + 1  # (documents,), each a position in the stream
-            ends = np.unique(np.append(ends[ends < len(self)], len(self)))
+            inner = np.concatenate(found)
+            ends = np.unique(np.append(inner[inner < len(self)], len(self)))  # (documents,), positions in the stream
             starts = np.append(0, ends[:-1])
             full = (ends - starts - 1) // block_size  # windows that a document fills alone, (documents,)
             # the document that begins the window after the last one that this document is in
@@ -186,7 +186,7 @@ def epoch_keys(seed: int, epoch: int) -> np.ndarray:
     return np.random.Philox(key=seed, counter=[0, epoch, 1, 0]).random_raw(1 + ROUNDS)
 
 
-def permute(places: np.ndarray, count: int, keys: list[np.uint64]) -> np.ndarray:
+def permute(places: np.ndarray, count: int, keys: Iterable[np.uint64]) -> np.ndarray:
     """Where a keyed permutation of range(count) takes some of its members: (B,) int64 to (B,) int64.
 
     A Feistel network permutes the numbers of as many bits as count takes; a number that lands outside the range is
