@@ -25,7 +25,7 @@ RECIPES = Path(__file__).parent / "hub_configs"
 class ModelArguments:
     init_from: str = knob("scratch", "scratch, resume, or a model: a folder, a Hub id or nanoGPT's ckpt.pt")
     revision: str | None = knob(None, "branch, tag or commit, if init_from is a Hub id (default: main)")
-    # the shape: a trained model has its own, and a new one has what stands in brackets unless it is given
+    # the shape: a trained model brings its own; a new model gets these flags, or the defaults in brackets
     block_size: int | None = knob(None, "longest context in tokens (scratch: 1024)")
     n_layer: int | None = knob(None, "number of blocks (scratch: 12)")
     n_head: int | None = knob(None, "attention heads in a block, a divisor of n_embd (scratch: 12)")
@@ -48,7 +48,7 @@ class RunArguments:
     beta2: float = knob(0.95, "AdamW's decay of the mean of squared gradients", below=1)
     momentum: float = knob(0.95, "Muon's decay of the mean of gradients", below=1)
     grad_clip: float = knob(1.0, "largest norm of the gradient; 0 turns clipping off")
-    learning_rate: float = knob(6e-4, "peak; beside muon, AdamW has 100 / n_embd of it", heading="learning rate")
+    learning_rate: float = knob(6e-4, "peak; beside muon, AdamW has it * 100 / n_embd", heading="learning rate")
     lr_schedule: Literal["cosine", "linear", "wsd", "constant"] = knob("cosine", "after warmup; wsd decays late")
     decay_fraction: float = knob(0.4, "wsd: last part of lr_decay_iters, in which the rate decays", below=1)
     decay_lr: bool = knob(True, "false: a constant learning rate without warmup")
@@ -68,7 +68,7 @@ class RunArguments:
     push_to_hub: bool = knob(False, "push out_dir to the Hub; needs `hf auth login` or HF_TOKEN", heading="Hub")
     hub_model_id: str | None = knob(None, "repository to push to, or to resume from (default: out_dir's name)")
     hub_private_repo: bool = knob(True, "make a new repository private")
-    hub_strategy: Literal["end", "every_save", "checkpoint"] = knob("every_save", "checkpoint: to resume from, too")
+    hub_strategy: Literal["end", "every_save", "checkpoint"] = knob("every_save", "checkpoint: pushes that, too")
     seed: int = knob(1337, "seed of the weights, the windows and dropout", below=2**32, heading="system")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob("auto", "arithmetic; the weights are float32")
     gradient_checkpointing: bool = knob(False, "compute activations twice: less memory, more time")
@@ -127,7 +127,7 @@ LOSS_ONLY = {"skip_logits": True, "use_cache": False}  # training needs the loss
 
 
 def to_device(ids: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Windows of ids (B, T + 1) as inputs (B, T) and targets (B, T), where -100 means that there is no target."""
+    """Windows of ids (B, T + 1) as inputs (B, T) and targets (B, T); -100 marks a position without a target."""
     tensor = torch.from_numpy(ids)  # (B, T + 1) int64
     if device.type == "cuda":
         tensor = tensor.pin_memory()  # from pinned memory, the copy overlaps the work of the GPU
@@ -317,7 +317,7 @@ def main(model_args: ModelArguments, data_args: DataArguments, run_args: RunArgu
         log.advance()
 
         # log, and save a checkpoint; only a step that does so waits for the device
-        signals.poll()  # what one process was asked for, all of them do
+        signals.poll()  # a signal to one process stops or saves all of them
         log_due = state.step % run_args.log_interval == 0
         save_due = state.step % run_args.save_interval == 0 or state.step == run_args.max_iters
         save_due = save_due or signals.save or signals.stop
@@ -341,7 +341,7 @@ def main(model_args: ModelArguments, data_args: DataArguments, run_args: RunArgu
 
 
 def run(arguments: tuple[ModelArguments, DataArguments, RunArguments], hooks: Hooks = NO_HOOKS) -> None:
-    """main, but a model that does not fit into memory ends in one line that says which flags help."""
+    """Run main. If the model does not fit into memory, end with one line that says which flags help."""
     with fitting.out_of_memory_in_one_line(arguments[2]):
         main(*arguments, hooks=hooks)
 

@@ -130,17 +130,20 @@ def test_out_of_memory_is_one_line(folder, tmp_path, two_gigabytes):
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("launched", "said"),
     [
-        ("one_gpu_bf16", "1 process (.*), bfloat16"),
-        ("one_gpu_fp16", "1 process (.*), float16"),
-        ("fsdp2", r"1 process by FSDP2 \(.*\), bfloat16"),
+        (["--mixed_precision=bf16"], "1 process (.*), bfloat16"),
+        (["--mixed_precision=fp16"], "1 process (.*), float16"),
+        (
+            ["--config_file", ROOT / "hub_configs" / "accelerate" / "fsdp2.yaml"],
+            r"1 process by FSDP2 \(.*\), bfloat16",
+        ),
     ],
+    ids=["bf16", "fp16", "fsdp2"],
 )
-def test_accelerate_launch_runs_the_configurations_for_one_gpu(folder, tmp_path, name, said):
+def test_accelerate_launch_runs_on_one_gpu(folder, tmp_path, launched, said):
     recipe = recipe_of(folder, max_iters=3, out_dir=tmp_path / "out")
-    config = ROOT / "hub_configs" / "accelerate" / f"{name}.yaml"
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--num_processes=1"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launched, "--num_processes=1"]
     environment = {key: value for key, value in os.environ.items() if key != "ACCELERATE_USE_CPU"}
     for more in ([], ["--init_from=resume", "--max_iters=6", "--lr_decay_iters=3"]):
         trainer = [ROOT / "train_accelerate.py", recipe, *more]

@@ -113,7 +113,7 @@ def test_an_interrupted_run_leaves_the_installation_alone(checkout):
 
 
 def test_an_environment_of_the_users_own_is_kept(checkout):
-    assert start(checkout, "python3", "-m", "venv", ".venv").wait(timeout=PATIENCE) == 0  # as the README has it
+    assert start(checkout, "python3", "-m", "venv", ".venv").wait(timeout=PATIENCE) == 0  # as docs/install.md has it
     own = checkout / ".venv" / "own-package"
     own.touch()
     assert make(checkout, "test")[2] == [INSTALL[1], "-m pytest"]

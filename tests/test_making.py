@@ -44,11 +44,15 @@ def contents(folder):
 @pytest.fixture
 def command(tmp_path_factory):
     """Starts the prepare command, by default with small files; see support/prepare_command.py."""
+    started = []
 
     def start(*flags, small=0.0, **settings):
-        return Command(tmp_path_factory.mktemp("said"), *flags, small=small, **settings)
+        started.append(Command(tmp_path_factory.mktemp("said"), *flags, small=small, **settings))
+        return started[-1]
 
-    return start
+    yield start
+    for each in started:
+        each.process.kill()  # what a test that failed has left
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +181,7 @@ def test_a_run_may_be_killed_at_any_time(corpora, tmp_path, command):
 def test_what_was_begun_for_something_else_is_not_gone_on_with(corpora, tmp_path, command, change):
     corpus = write_text(tmp_path / "text.txt", (corpora / "long.txt").read_bytes().decode())
     flags = {"corpus": corpus, "data_dir": tmp_path / "data"}
-    child = command(*(f"--{key}={value}" for key, value in flags.items()), small=60)
+    child = command(*(f"--{key}={value}" for key, value in flags.items()), hold=True)
     child.wait_for(finished, tmp_path / "data.partial")
     child.kill()
     if change == "corpus":
@@ -193,7 +197,7 @@ def test_what_was_begun_for_something_else_is_not_gone_on_with(corpora, tmp_path
 
 def test_an_interrupted_run_keeps_what_it_has(corpora, tmp_path, command):
     flags = [f"--corpus={corpora / 'long.txt'}", f"--data_dir={tmp_path / 'data'}"]
-    child = command(*flags, small=60)
+    child = command(*flags, hold=True)
     child.wait_for(finished, tmp_path / "data.partial")
     assert child.kill(signal.SIGINT) != 0
     assert finished(tmp_path / "data.partial")
@@ -231,10 +235,12 @@ def test_a_worker_that_is_killed_is_one_line(corpora, tmp_path, command):
 
 def test_a_second_run_waits_for_the_first_and_finds_its_work_done(corpora, tmp_path, command):
     flags = [f"--corpus={corpora / 'long.txt'}", f"--data_dir={tmp_path / 'data'}"]
-    first = command(*flags, small=0.1)
+    first = command(*flags, hold=True)
     first.wait_for((tmp_path / "data.partial" / "lock").exists)
-    second = command(*flags).result()
-    first = first.result()
+    second = command(*flags)
+    second.wait_for(second.waits)
+    first.release()
+    first, second = first.result(), second.result()
     assert first.returncode == 0, first.stderr
     assert second.returncode == 0, second.stderr
     (line,) = lines_of(second.stderr)
@@ -245,19 +251,22 @@ def test_a_second_run_waits_for_the_first_and_finds_its_work_done(corpora, tmp_p
 
 def test_a_second_run_takes_over_from_one_that_is_killed(corpora, tmp_path, command):
     flags = [f"--corpus={corpora / 'long.txt'}", f"--data_dir={tmp_path / 'data'}"]
-    first = command(*flags, small=60)
+    first = command(*flags, hold=True)
     first.wait_for(finished, tmp_path / "data.partial")
     second = command(*flags)
-    second.wait_for(lambda: second.said[1].exists() and "another run" in second.said[1].read_text())
+    second.wait_for(second.waits)
     first.kill()
     assert second.result().returncode == 0, second.result().stderr
     assert stored_ids(tmp_path / "data", "val")
 
 
 def test_a_second_run_with_other_text_is_refused_when_the_first_is_done(corpora, tmp_path, command):
-    first = command(f"--corpus={corpora / 'long.txt'}", f"--data_dir={tmp_path / 'data'}", small=0.1)
+    first = command(f"--corpus={corpora / 'long.txt'}", f"--data_dir={tmp_path / 'data'}", hold=True)
     first.wait_for((tmp_path / "data.partial" / "lock").exists)
-    second = command(f"--corpus={corpora / 'rows.jsonl'}", f"--data_dir={tmp_path / 'data'}").result()
+    second = command(f"--corpus={corpora / 'rows.jsonl'}", f"--data_dir={tmp_path / 'data'}")
+    second.wait_for(second.waits)
+    first.release()
+    second = second.result()
     assert first.result().returncode == 0
     assert second.returncode == 2
     assert "data_dir" in lines_of(second.stderr)[-1] and "was made " in lines_of(second.stderr)[-1]

@@ -30,8 +30,10 @@ def canonical(name: str) -> str:
 
 
 def floors(text: str) -> dict[str, str]:
-    """Each requirement in a part of pyproject.toml, and its lowest version."""
-    return {canonical(name): floor for name, floor in re.findall(r'"([\w.-]+)(?:\[\w+\])?[>=]=([\d.]+)"', text)}
+    """Each requirement in a part of pyproject.toml, and its lowest version; of two lines, that of the last."""
+    return {
+        canonical(name): floor for name, floor in re.findall(r'"([\w.-]+)(?:\[\w+\])?[>=]=([\d.]+)(?:; [^"]*)?"', text)
+    }
 
 
 (BASE,) = (floors(part) for part in re.findall(r"^dependencies = \[(.*?)^\]", DECLARED, re.M | re.S))

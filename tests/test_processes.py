@@ -23,7 +23,19 @@ from modeling_nanogpt import NanoGPTForCausalLM
 from modeling_nanogpt.training import checkpointing
 from modeling_nanogpt.training.checkpointing import list_checkpoints, newest_complete
 from support import PATIENCE, ROOT
-from support.runs import HOOKS, finish, free_port, launch, log_windows, read_windows, recipe_of, start, start_together
+from support.runs import (
+    HOOKS,
+    at_step,
+    finish,
+    free_port,
+    launch,
+    log_windows,
+    read_windows,
+    recipe_of,
+    start,
+    start_together,
+    wait_for_signal,
+)
 from tokenization.windows import open_stream, training_windows
 
 STEPS = 50
@@ -190,13 +202,15 @@ def test_two_machines_are_one_run(folder, alone, tmp_path):
 @pytest.mark.parametrize("to", ["launcher", "worker"])
 def test_a_signal_stops_all_processes_after_the_same_step(folder, two, tmp_path, to):
     out_dir = tmp_path / "out"
-    noted = [tmp_path / f"windows.{rank}" for rank in (0, 1)]
+    noted, waiting = ([tmp_path / f"{name}.{rank}" for rank in (0, 1)] for name in ("windows", "waiting"))
     if to == "launcher":
         script = tmp_path / "script.py"
         script.write_text(
-            "import os, sys, train_accelerate\n"
+            "import os, signal, sys, train_accelerate\n"
             "from support import runs\n"
             f"runs.log_windows('{tmp_path}/windows.' + os.environ['RANK'])\n"
+            f"waiting = '{tmp_path}/waiting.' + os.environ['RANK']\n"
+            "runs.at_step(6, runs.wait_for_signal, signal.SIGTERM, waiting)\n"
             "train_accelerate.run(train_accelerate.parse_arguments(sys.argv[1:]), runs.HOOKS)\n"
         )
         arguments = ["--standalone", "--nproc_per_node=2", script, folder / "recipe.yaml", f"--out_dir={out_dir}"]
@@ -211,21 +225,20 @@ def test_a_signal_stops_all_processes_after_the_same_step(folder, two, tmp_path,
             stderr=subprocess.PIPE,
             text=True,
         )
-        wait_for_steps(noted[0], 5, launcher.poll)
+        wait_for_files(waiting, launcher.poll)
         launcher.send_signal(signal.SIGTERM)
         out, err = launcher.communicate(timeout=PATIENCE)
         assert "stopped by a signal after step" in out and out.count("SIGTERM: saving") <= 2, err
         assert "SIGTERM: saving after this step" in err and "train_accelerate.py" not in err.split("Traceback")[-1]
     else:
+        waits = (at_step, 6, wait_for_signal, signal.SIGTERM, str(waiting[1]))
+
+        def first(rank):
+            return ((log_windows, str(noted[rank])), *([waits] if rank == 1 else []))
+
         log = tmp_path / "log"
-        running = start_together(
-            2,
-            folder / "recipe.yaml",
-            log,
-            f"--out_dir={out_dir}",
-            before=lambda rank: ((log_windows, str(noted[rank])),),
-        )
-        wait_for_steps(noted[0], 5, lambda: running[0].exitcode)
+        running = start_together(2, folder / "recipe.yaml", log, f"--out_dir={out_dir}", before=first)
+        wait_for_files(waiting[1:], lambda: running[1].exitcode)
         os.kill(running[1].pid, signal.SIGTERM)
         assert finish(*running) == [143, 143]
         out = Path(f"{log}.0").read_text()
@@ -238,9 +251,9 @@ def test_a_signal_stops_all_processes_after_the_same_step(folder, two, tmp_path,
     assert_bitwise_equal(run_together(folder, out_dir, 2, "--init_from=resume"), two)
 
 
-def wait_for_steps(log, steps, status):
-    """Wait until the run has come so far, according to the log of its windows."""
-    while not (log.exists() and len(log.read_text().splitlines()) > 2 * steps + 1):
+def wait_for_files(paths, status):
+    """Wait for files that a run makes."""
+    while not all(path.exists() for path in paths):
         assert status() is None, "the run has ended"
         time.sleep(0.005)
 

@@ -281,7 +281,7 @@ def test_there_must_be_something_to_go_on_from(folder, tmp_path, init_from):
 def test_a_named_checkpoint_that_is_not_complete_is_refused(folder, copied):
     named = copied / "checkpoints" / "step-00000008"
     (named / "state.json").unlink()
-    assert f"{named} is no complete checkpoint" in refusal(folder, out_dir=copied, init_from=named)
+    assert f"{named} is not a complete checkpoint" in refusal(folder, out_dir=copied, init_from=named)
 
 
 class Payload:

@@ -22,7 +22,7 @@ TRUE, FALSE = ("true", "t", "yes", "y", "1"), ("false", "f", "no", "n", "0")
 def knob(default: Any, help: str, *, at_least: float = 0, below: float = math.inf, heading: str = "") -> Any:
     """A flag as a field of a dataclass: its default, what `--help` says, and the bounds of a number.
 
-    A number must be `at_least` so large, and less than `below`. A `heading` begins a new group of flags in `--help`.
+    A number must be at least `at_least` and less than `below`. A `heading` begins a new group of flags in `--help`.
     """
     metadata = {"help": help, "at_least": at_least, "below": below, "heading": heading}
     return dataclasses.field(default=default, metadata=metadata)

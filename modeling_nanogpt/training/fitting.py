@@ -33,7 +33,7 @@ def windows_in_step(flags, accelerator: Accelerator) -> int:
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
     """Let each block compute its activations again in the backward pass, instead of keeping them."""
-    # recent versions of transformers call it so, and warn about the former name; 5.17 has only the former name
+    # newer transformers have renamed this method and warn about the old name; 5.17 has only the old name
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
     enable()
 

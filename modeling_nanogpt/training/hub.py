@@ -39,7 +39,7 @@ class Pusher:
         self.worker = ThreadPoolExecutor(max_workers=1)
         self.next: Future | None = None
         self.copies = 0
-        self.unpushed: str | None = None  # what to say of the newest save, until the Hub has it
+        self.unpushed: str | None = None  # commit message of the newest save, until the Hub has it
         self.checked = False
         try:
             self.check_access()
@@ -84,7 +84,7 @@ class Pusher:
         self.model_id, self.checked = name, True
 
     def saved(self, message: str) -> None:
-        """Push what out_dir holds now, or in the end. `message` is the commit message, a new one for each save."""
+        """Push what out_dir holds now, or leave that to `finish` if the strategy is `end`. A save has its message."""
         self.unpushed = message
         if self.strategy != "end":
             self.start(message)
@@ -152,7 +152,7 @@ class Pusher:
         try:
             if not self.checked:
                 self.check_access()
-            # the client asks for this only once, and retries everything else: so a missing Hub shows at once
+            # the client does not retry this request, so an unreachable Hub shows at once
             info = api.model_info(self.model_id)
             there = {sibling.rfilename for sibling in info.siblings or ()}
             card = copy / "README.md"

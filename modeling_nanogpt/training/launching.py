@@ -1,4 +1,4 @@
-"""From what was launched to one Accelerator. What was asked for is what runs, or one line says why not."""
+"""The Accelerator of a run. If the run cannot be what was launched, one line says why."""
 
 import os
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.utils import DistributedType, broadcast_object_list, parse_flag_from_env
 
-PATIENCE = timedelta(days=1)  # the other processes wait so long while the main one prepares billions of tokens
+PATIENCE = timedelta(days=1)  # how long the other processes wait while the main one prepares billions of tokens
 # how the processes of each kind train together
 TOGETHER = {
     DistributedType.NO: "",
@@ -45,7 +45,7 @@ def start_accelerator(dtype: str, attention: str) -> Accelerator:
     if started != accelerator.num_processes:  # torchrun on CPUs without that variable
         raise ValueError(f"{started} processes were started, but each trains alone: set ACCELERATE_USE_CPU=true")
     if launched_by_accelerate and "WORLD_SIZE" not in os.environ and "MASTER_ADDR" in os.environ:
-        # `accelerate launch --cpu --num_processes 2` sets the address where they would meet, and starts one
+        # `accelerate launch --cpu --num_processes 2` sets MASTER_ADDR, but starts only one process
         raise ValueError(
             "accelerate launch was asked for several processes, but starts only one on CPUs: use "
             "ACCELERATE_USE_CPU=true torchrun --standalone --nproc_per_node N (or unset MASTER_ADDR for one process)"

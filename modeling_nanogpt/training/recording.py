@@ -20,7 +20,7 @@ class StepRecord:
         self._losses: list[torch.Tensor] = []
         self._norms: list[torch.Tensor] = []
         self._last_norm = 0.0
-        self.most_in_a_row = 0  # skipped steps in a row, at most, since this process started
+        self.most_in_a_row = 0  # the longest series of skipped steps since this process started
 
     def add_loss(self, loss: torch.Tensor) -> None:
         """Note the mean loss of a micro-batch, () in nats a token."""

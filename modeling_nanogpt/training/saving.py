@@ -24,8 +24,8 @@ from .starting import superseded_by
 class Saver:
     """Saves the model and the checkpoints of a run. A save that fails is reported, and the next save makes up for it.
 
-    If there is a `pusher`, it pushes what was saved. `card` is the template of the model card. The first checkpoint
-    removes those that this run makes void.
+    If there is a `pusher`, it pushes what was saved. `card` is the template of the model card. The first save of
+    a checkpoint removes the old ones that this run supersedes.
     """
 
     def __init__(

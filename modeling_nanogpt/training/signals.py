@@ -11,7 +11,7 @@ SAVING = (signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()  # Windows has 
 
 
 class Signals:
-    """What this process, or a process beside it, was asked for.
+    """Requests that this process, or another process of the run, received.
 
     After `poll`, `stop` is the number of the signal that asks to stop, or 0, and `save` says whether to save now.
     """

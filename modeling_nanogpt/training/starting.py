@@ -23,8 +23,8 @@ SHAPING = (
 class Start:
     """Where a run starts: the model's shape, and what there is already of the model or of the run.
 
-    `model` is a trained model, and `carries_tokenizer` says whether its tokenizer is with it. `checkpoint` is where a
-    stopped run goes on, `state` how far it has come, and `run` what it is: its recipe, config and data.
+    `model` is a trained model, and `carries_tokenizer` says whether its tokenizer is with it. `checkpoint` is the
+    folder from which a stopped run goes on, `state` how far it has come, and `run` its recipe, config and data.
     """
 
     config: NanoGPTConfig
@@ -160,7 +160,7 @@ def check_out_dir(out_dir: Path, checkpoint: Path | None, overwrites: bool) -> N
 
 
 def superseded_by(out_dir: Path, checkpoint: Path | None) -> list[Path]:
-    """The checkpoints in out_dir that this run makes void: those after the one it goes on from, or all of them."""
+    """The checkpoints in out_dir that this run removes: those after the one it goes on from, or all of them."""
     if checkpoint is None or not is_within(checkpoint, out_dir):
         return list_checkpoints(out_dir)
     return [folder for folder in list_checkpoints(out_dir) if folder.name > checkpoint.name]

@@ -18,25 +18,37 @@ from support.forks import fork
 class Command:
     """`python -m tokenization.prepare` with these flags, as a process that a test may kill.
 
-    small: files and batches so small that a text of a megabyte has many, and so many seconds of rest after each
-    shard. most: bytes in a file, beyond which writing fails. worker_dies: whoever tokenizes is killed.
+    small: files and batches are so small that a text of a megabyte has many, and the process rests so many seconds
+    after each shard; with hold=True, only release() ends that rest. most: the largest size of a file in bytes; writing
+    beyond it fails. worker_dies: the process that tokenizes is killed.
     """
 
-    def __init__(self, folder: Path, *flags, small: float | None = None, most: int | None = None, worker_dies=False):
+    def __init__(
+        self, folder: Path, *flags, small: float | None = None, hold=False, most: int | None = None, worker_dies=False
+    ):
         folder.mkdir(exist_ok=True)
         self.said = folder / "stdout", folder / "stderr"
-        self.process = fork(run, list(map(str, flags)), small, most, worker_dies, *map(str, self.said))
+        self.released = folder / "released"
+        released = str(self.released) if hold else None
+        self.process = fork(run, list(map(str, flags)), small, released, most, worker_dies, *map(str, self.said))
 
     def wait_for(self, condition, *arguments) -> None:
-        """Until a condition holds, which it must before the process ends."""
+        """Wait until a condition holds. It must hold before the process ends."""
         deadline = time.monotonic() + PATIENCE
         while not condition(*arguments):
             assert self.process.is_alive() or condition(*arguments), self.result()
             assert time.monotonic() < deadline
             time.sleep(0.002)
 
+    def waits(self) -> bool:
+        """Whether it has said that another run is at work."""
+        return self.said[1].exists() and "another run" in self.said[1].read_text()
+
+    def release(self) -> None:
+        self.released.touch()
+
     def result(self) -> SimpleNamespace:
-        """Its exit status and what it said, once it has ended."""
+        """The exit status and the output of the process, once it has ended."""
         self.process.join(PATIENCE)
         stdout, stderr = (path.read_bytes().decode() if path.exists() else "" for path in self.said)
         return SimpleNamespace(returncode=self.process.exitcode, stdout=stdout, stderr=stderr)
@@ -48,7 +60,15 @@ class Command:
         return self.process.exitcode
 
 
-def run(flags: list[str], small: float | None, most: int | None, worker_dies: bool, stdout: str, stderr: str) -> None:
+def run(
+    flags: list[str],
+    small: float | None,
+    released: str | None,
+    most: int | None,
+    worker_dies: bool,
+    stdout: str,
+    stderr: str,
+) -> None:
     """What the process does."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the server that forks has it ignored
     for number, path in ((1, stdout), (2, stderr)):
@@ -64,6 +84,8 @@ def run(flags: list[str], small: float | None, most: int | None, worker_dies: bo
             for shard in shards_of(pieces):
                 yield shard
                 time.sleep(small)
+                while released is not None and not os.path.exists(released):
+                    time.sleep(0.005)
 
         making.shards_of = slowly
     if worker_dies:

@@ -163,6 +163,21 @@ def at_step(step: int, function: Callable, *arguments) -> None:
     HOOKS.at_steps[step].append((function, arguments))
 
 
+def wait_for_signal(number: int, waiting: str) -> None:
+    """Make a file to say that this process waits, and wait until the signal has come and has been handled."""
+    handler, come = signal.getsignal(number), []
+
+    def handle_and_note(*arguments):
+        handler(*arguments)
+        come.append(number)
+
+    signal.signal(number, handle_and_note)
+    Path(waiting).touch()
+    while not come:
+        time.sleep(0.005)
+    signal.signal(number, handler)
+
+
 def send_itself(number: int) -> None:
     """Send a signal to this very process."""
     os.kill(os.getpid(), number)
