@@ -30,7 +30,7 @@ from .arguments import DataArguments
 from .corpora import Corpus, Unreached
 from .encoders import Encoder, count_bytes, make_encoder
 from .provenance import RECORD, asked_for, check_length
-from .vocabularies import check_tokens, load_tokenizer, named_tokenizer, train_bpe_tokenizer, train_char_tokenizer
+from .vocabularies import check_tokens, named_tokenizer, train_bpe_tokenizer, train_char_tokenizer
 from .windows import TokenStream, views_of
 
 SHARD = 2**25  # characters, or ids, that are read before they are tokenized: what a kill can cost, seconds of work
@@ -87,7 +87,7 @@ def fill(
     cut = find_cut(corpus, arguments.val_fraction) if corpus.is_text else None
     stamp = {**made_from, "shard": SHARD}
     if goes_on(staging, stamp):
-        tokenizer = load_tokenizer(str(staging / TOKENIZER))
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(staging / TOKENIZER)
     else:
         tokenizer = make_tokenizer(corpus, cut, arguments)
         save_tokenizer(tokenizer, staging / TOKENIZER)
