@@ -82,8 +82,8 @@ def find_checkpoint(init_from: str, out_dir: Path) -> Path | None:
         folder = newest_complete(out_dir)
         if folder is None:
             raise ValueError(
-                f"init_from=resume, but {out_dir}/{CHECKPOINTS} holds no complete checkpoint: give the --out_dir of a run "
-                "that stopped, or begin one with --init_from=scratch"
+                f"init_from=resume, but {out_dir}/{CHECKPOINTS} holds no complete checkpoint: give the --out_dir of a "
+                "run that stopped, or begin one with --init_from=scratch"
             )
     else:
         folder = Path(init_from)
