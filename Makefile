@@ -17,8 +17,9 @@ quickstart: .venv/installed
 		$(if $(wildcard out/quickstart/checkpoints/step-*),--init_from=resume)
 	$(BIN)/python -m modeling_nanogpt.sample out/quickstart --num_samples 3
 
+# Several processes share the tests, one for each core: a fifth would gain little, and each takes a gigabyte.
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses=4 --dist=worksteal
 
 torture: .venv/installed
 	$(BIN)/python -W ignore::UserWarning:multiprocessing.resource_tracker tests/support/torture.py

@@ -2,17 +2,16 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
 from datasets import Dataset
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.testing import assert_close
 from transformers import (
@@ -27,12 +26,13 @@ from transformers import (
     pipeline,
     set_seed,
 )
+from transformers.distributed import DistributedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from modeling_nanogpt import NanoGPTForCausalLM
 from modeling_nanogpt.sources import open_source
-from support import PATIENCE
 from support.models import BLOCK, VOCAB, make_model, make_tokens
+from support.runs import call_together, finish
 
 CODE = {"configuration_nanogpt.py", "modeling_nanogpt.py"}
 
@@ -392,37 +392,28 @@ def test_onnx_runtime_computes_the_models_logits_for_any_batch_and_length(tmp_pa
 # ---------------------------------------------------------------------------------------------------------------------
 # Several processes, serving
 
-# Each of two processes runs this. Arguments: the model, the folder to save it to, the folder for what was seen.
-TENSOR_PARALLEL = """
-import sys
-import torch
-import torch.distributed as dist
-from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM
-from transformers.distributed import DistributedConfig
-import modeling_nanogpt
 
-folder, again, seen = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(tp_plan="auto"))
-block, x = model.transformer.h[0], torch.load(f"{seen}/x.pt")
-with torch.no_grad():
-    logits = model(x).logits
-generated = model.generate(x, do_sample=False, max_new_tokens=8)
-weight = block.mlp.c_fc.weight
-model.save_pretrained(again)
-torch.save(
-    {
-        "world": dist.get_world_size(),
-        "backend": dist.get_backend(),
-        "sharded": isinstance(weight, DTensor),
-        "rows": (weight.to_local() if isinstance(weight, DTensor) else weight).shape[0],
-        "logits": logits,
-        "generated": generated,
-    },
-    f"{seen}/rank{dist.get_rank()}.pt",
-)
-dist.destroy_process_group()
-"""
+def note_what_tensor_parallel_computes(folder: str, again: str, seen: str) -> None:
+    """Each of two processes runs this. `again` is the folder to save the model to, `seen` that for what was seen."""
+    model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(tp_plan="auto"))
+    block, x = model.transformer.h[0], torch.load(f"{seen}/x.pt")
+    with torch.no_grad():
+        logits = model(x).logits
+    generated = model.generate(x, do_sample=False, max_new_tokens=8)
+    weight = block.mlp.c_fc.weight
+    model.save_pretrained(again)
+    torch.save(
+        {
+            "world": dist.get_world_size(),
+            "backend": dist.get_backend(),
+            "sharded": isinstance(weight, DTensor),
+            "rows": (weight.to_local() if isinstance(weight, DTensor) else weight).shape[0],
+            "logits": logits,
+            "generated": generated,
+        },
+        f"{seen}/rank{dist.get_rank()}.pt",
+    )
+    dist.destroy_process_group()
 
 
 def test_tensor_parallel_over_two_processes_is_the_same_model(tmp_path):
@@ -430,14 +421,9 @@ def test_tensor_parallel_over_two_processes_is_the_same_model(tmp_path):
     model, x = make_model(vocab_size=64), make_tokens(2, 12)
     model.save_pretrained(tmp_path / "model")
     torch.save(x, tmp_path / "x.pt")
-    (tmp_path / "script.py").write_text(TENSOR_PARALLEL)
-    subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-        + [str(tmp_path / "script.py"), str(tmp_path / "model"), str(tmp_path / "again"), str(tmp_path)],
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
-        check=True,
-        timeout=PATIENCE,
-    )
+    folders = [str(folder) for folder in (tmp_path / "model", tmp_path / "again", tmp_path)]
+    running = call_together(2, note_what_tensor_parallel_computes, *folders, log=tmp_path / "log")
+    assert finish(*running) == [0, 0], (tmp_path / "log.0").read_text()
     for rank in (0, 1):
         seen = SimpleNamespace(**torch.load(tmp_path / f"rank{rank}.pt"))
         assert (seen.world, seen.backend) == (2, "gloo")

@@ -27,6 +27,7 @@ case "$*" in
 esac
 """
 INSTALL = ["-m venv .venv", "-m pip install -c constraints.txt -e .[test,dev,fast]"]
+TEST = "-m pytest -n logical --maxprocesses=4 --dist=worksteal"
 TRAIN = "train_accelerate.py hub_configs/quickstart.yaml"
 SAMPLE = "-m modeling_nanogpt.sample out/quickstart --num_samples 3"
 
@@ -94,7 +95,7 @@ def test_a_quickstart_with_a_checkpoint_goes_on_from_there(checkout):
 def test_a_changed_constraint_is_installed_into_the_same_environment(checkout):
     make(checkout, "test")
     os.utime(checkout / ".venv" / "installed", (0, 0))
-    assert make(checkout, "test")[2] == [INSTALL[1], "-m pytest"]
+    assert make(checkout, "test")[2] == [INSTALL[1], TEST]
 
 
 @pytest.mark.parametrize("slow", INSTALL)
@@ -102,9 +103,9 @@ def test_an_interrupted_installation_is_made_anew(checkout, slow):
     interrupt(checkout, "test", slow=slow)
     left_behind = checkout / ".venv" / "half-written"
     left_behind.touch()
-    assert make(checkout, "test")[2] == [*INSTALL, "-m pytest"]
+    assert make(checkout, "test")[2] == [*INSTALL, TEST]
     assert not left_behind.exists()
-    assert make(checkout, "test")[2] == ["-m pytest"]
+    assert make(checkout, "test")[2] == [TEST]
 
 
 def test_an_interrupted_run_leaves_the_installation_alone(checkout):
@@ -116,14 +117,14 @@ def test_an_environment_of_the_users_own_is_kept(checkout):
     assert start(checkout, "python3", "-m", "venv", ".venv").wait(timeout=PATIENCE) == 0  # as docs/install.md has it
     own = checkout / ".venv" / "own-package"
     own.touch()
-    assert make(checkout, "test")[2] == [INSTALL[1], "-m pytest"]
+    assert make(checkout, "test")[2] == [INSTALL[1], TEST]
     assert own.exists()
 
 
 def test_another_python_is_taken_for_a_new_environment(checkout):
-    assert make(checkout, "test", "PYTHON=python3.12")[2] == [*INSTALL, "-m pytest"]
-    assert make(checkout, "test", "PYTHON=python3.12")[2] == ["-m pytest"]
-    assert make(checkout, "test")[2] == ["-m pytest"]  # without PYTHON, the environment that is there
+    assert make(checkout, "test", "PYTHON=python3.12")[2] == [*INSTALL, TEST]
+    assert make(checkout, "test", "PYTHON=python3.12")[2] == [TEST]
+    assert make(checkout, "test")[2] == [TEST]  # without PYTHON, the environment that is there
 
 
 @pytest.mark.parametrize("outdated", [False, True])

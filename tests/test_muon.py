@@ -2,20 +2,18 @@
 
 import copy
 import math
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from transformers import GPT2LMHeadModel
 
 from modeling_nanogpt import NanoGPTConfig, NanoGPTForCausalLM, muon
 from modeling_nanogpt.conversion import config_to_gpt2, weights_from_gpt2, weights_to_gpt2
 from modeling_nanogpt.optimization import make_optimizer, muon_groups
-from support import ROOT
+from support.runs import call_together, finish
 from support.tiny_run import train
 
 JORDAN = ((3.4445, -4.7750, 2.0315),) * 5  # torch.optim.Muon's
@@ -219,38 +217,30 @@ def test_a_step_with_finite_gradients_is_the_usual_one():
         torch.testing.assert_close(one, other, atol=1e-7, rtol=1e-6)
 
 
-TWO_PROCESSES = """
-import torch
-from accelerate import Accelerator
-from modeling_nanogpt import NanoGPTConfig, NanoGPTForCausalLM
-from modeling_nanogpt.optimization import make_optimizer
-
-accelerator = Accelerator(gradient_accumulation_steps=2)
-torch.manual_seed(0)
-model = NanoGPTForCausalLM(NanoGPTConfig(vocab_size=64, block_size=16, n_layer=2, n_head=2, n_embd=32))
-optimizer = make_optimizer("muon", model, learning_rate=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
-model, optimizer = accelerator.prepare(model, optimizer)
-torch.manual_seed(accelerator.process_index)
-for _ in range(8):
-    with accelerator.accumulate(model):
-        ids = torch.randint(0, 64, (4, 16))
-        accelerator.backward(model(ids, labels=ids).loss)
-        if accelerator.sync_gradients:
-            accelerator.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-flat = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
-ours, theirs = accelerator.gather(flat[None])
-assert accelerator.num_processes == 2 and torch.equal(ours, theirs) and torch.isfinite(ours).all()
-"""
+def check_that_two_hold_the_same_weights() -> None:
+    """Each of two processes runs this."""
+    accelerator = Accelerator(gradient_accumulation_steps=2)
+    torch.manual_seed(0)
+    model = NanoGPTForCausalLM(NanoGPTConfig(vocab_size=64, block_size=16, n_layer=2, n_head=2, n_embd=32))
+    optimizer = make_optimizer("muon", model, learning_rate=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    torch.manual_seed(accelerator.process_index)
+    for _ in range(8):
+        with accelerator.accumulate(model):
+            ids = torch.randint(0, 64, (4, 16))
+            accelerator.backward(model(ids, labels=ids).loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+    flat = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+    ours, theirs = accelerator.gather(flat[None])
+    assert accelerator.num_processes == 2 and torch.equal(ours, theirs) and torch.isfinite(ours).all()
 
 
 def test_two_processes_hold_the_same_weights(tmp_path):
-    (tmp_path / "two.py").write_text(TWO_PROCESSES)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
-    result = subprocess.run([*launch, tmp_path / "two.py"], env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    running = call_together(2, check_that_two_hold_the_same_weights, log=tmp_path / "log")
+    assert finish(*running) == [0, 0], (tmp_path / "log.0").read_text()
 
 
 def test_a_run_with_muon_resumes_bit_for_bit(tmp_path):

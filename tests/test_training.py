@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from modeling_nanogpt import NanoGPTForCausalLM, muon
 from modeling_nanogpt.optimization import Schedule
 from modeling_nanogpt.training.checkpointing import newest_complete, read_tensors
 from support import ROOT
+from support.runs import finish, start_together
 from support.texts import write_words
 from support.tiny_run import TINY, train, write_recipe
 from tokenization.windows import open_stream, training_windows
@@ -144,16 +144,11 @@ def test_two_processes_train_on_the_same_windows(tmp_path):
     one = train(tmp_path, gradient_accumulation_steps=4, batch_size=2)
     flags = TINY | {"gradient_accumulation_steps": 4, "batch_size": 2, "out_dir": tmp_path / "two"}
     recipe = write_recipe(tmp_path / "two.yaml", corpus=tmp_path / "corpus.txt", data_dir=tmp_path / "data", **flags)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    result = subprocess.run(
-        [*launch, ROOT / "train_accelerate.py", recipe],
-        env=os.environ | {"ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    assert "2 processes by DDP (cpu, 1 thread each), float32" in result.stdout
-    assert result.stdout.count("step 20: ") == 1  # only one process prints
+    running = start_together(2, recipe, tmp_path / "log")
+    assert finish(*running) == [0, 0], (tmp_path / "log.0").read_text()
+    said = "".join((tmp_path / f"log.{rank}").read_text() for rank in (0, 1))
+    assert "2 processes by DDP (cpu, 1 thread each), float32" in said
+    assert said.count("step 20: ") == 1  # only one process prints
     history = [json.loads(line) for line in (tmp_path / "two" / "history.jsonl").read_text().splitlines()]
     assert [entry["loss"] for entry in history if "loss" in entry] == pytest.approx(one.losses, abs=1e-5)
     assert [entry["lr"] for entry in history if "lr" in entry] == one.rates

@@ -34,20 +34,30 @@ def recipe_of(folder: Path, **flags) -> Path:
 
 def start(recipe: Path, log: Path, *flags: str, before: tuple = (), environment: dict | None = None) -> BaseProcess:
     """Start the trainer, with its output in `log`. `before` are (function, *arguments) that it calls first."""
-    return fork(live, [str(recipe), *flags], str(log), before, environment or {})
+    return fork(call, run_trainer, ([str(recipe), *flags], before), str(log), environment or {})
 
 
 def start_together(
     count: int, recipe: Path, log: Path, *flags: str, before=lambda rank: (), environment: dict | None = None
 ) -> list[BaseProcess]:
     """Start `count` processes that train together, as torchrun would. The output of process N goes to `log`.N."""
-    shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    shared |= {"ACCELERATE_USE_CPU": "true"} | (environment or {})
     running = []
-    for rank in range(count):
-        ours = shared | {"RANK": rank, "LOCAL_RANK": rank}
+    for rank, place in enumerate(places(count)):
+        ours = place | (environment or {})
         running.append(start(recipe, Path(f"{log}.{rank}"), *flags, before=before(rank), environment=ours))
     return running
+
+
+def call_together(count: int, function: Callable, *arguments, log: Path) -> list[BaseProcess]:
+    """Start `count` processes that find each other and call a function. The output of process N goes to `log`.N."""
+    return [fork(call, function, arguments, f"{log}.{rank}", place) for rank, place in enumerate(places(count))]
+
+
+def places(count: int) -> list[dict]:
+    """What torchrun would set in the environment of each of `count` processes, on CPUs."""
+    shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    shared |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    return [shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(count)]
 
 
 def free_port() -> int:
@@ -59,13 +69,17 @@ def free_port() -> int:
     return held.getsockname()[1]
 
 
-def live(argv: list[str], log: str, before: tuple, environment: dict) -> None:
+def call(function: Callable, arguments: tuple, log: str, environment: dict) -> None:
     """What such a process does."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.environ.update({key: str(value) for key, value in environment.items()})
     torch.set_num_threads(1)
+    function(*arguments)
+
+
+def run_trainer(argv: list[str], before: tuple) -> None:
     for function, *arguments in before:
         function(*arguments)
     train_accelerate.run(train_accelerate.parse_arguments(argv), HOOKS)
