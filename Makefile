@@ -43,11 +43,13 @@ style: .venv/installed
 	$(BIN)/python -m pip install -c constraints.txt -e ".[test,dev,fast]"
 	@mv .venv/unfinished $@
 
-# Refuse an environment whose Python is gone, or is another Python than PYTHON names.
+# Refuse a Python that does not run, and an environment whose Python is gone or is another than PYTHON names.
 python:
 	@[ ! -e .venv/installed ] || $(BIN)/python -c "" || { \
 		echo "the Python that made .venv is gone: remove .venv, and make sets it up anew"; exit 2; }
 ifneq ($(origin PYTHON),file)
+	@$(PYTHON) -V > /dev/null 2>&1 || { \
+		echo "PYTHON=$(PYTHON) does not run: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS) names another"; exit 2; }
 	@[ ! -e .venv/installed ] || [ "$$($(PYTHON) -V)" = "$$($(BIN)/python -V)" ] || { \
 		echo ".venv has $$($(BIN)/python -V), but PYTHON=$(PYTHON) is $$($(PYTHON) -V): remove .venv first"; exit 2; }
 endif

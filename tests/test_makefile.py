@@ -147,6 +147,17 @@ def test_a_python_that_is_too_old_is_refused_in_one_line(checkout):
     assert second.startswith("make: ***")
 
 
+@pytest.mark.parametrize("installed", [False, True])
+def test_a_python_that_does_not_run_is_named_in_one_line(checkout, installed):
+    if installed:
+        make(checkout, "test")
+    status, said, calls = make(checkout, "test", "PYTHON=python3.77")
+    assert status == 2 and calls == [] and (checkout / ".venv").exists() == installed
+    first, second = said.splitlines()
+    assert first == "PYTHON=python3.77 does not run: make PYTHON=/path/to/python3.11 test names another"
+    assert second.startswith("make: ***")
+
+
 def test_an_environment_whose_python_is_gone_is_named(checkout):
     make(checkout, "test")
     (checkout / ".venv" / "bin" / "python").unlink()
