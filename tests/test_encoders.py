@@ -258,6 +258,29 @@ def test_any_other_tokenizer_is_encoded_in_batches_with_its_unknowns_counted():
     assert tokenizer.padding and tokenizer.truncation  # it is left as it was
 
 
+def test_characters_that_a_bpe_drops_are_counted():
+    tokenizer = Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    encoder = make_encoder(tokenizer)
+    texts = ["ab ab", "a\u20acb \U0001f600\nX"]
+    ids = encoder.encode(texts)
+    assert [each.tolist() for each in ids] == [[2, 2], [0, 1]]
+    assert encoder.count_unknowns(texts, ids) == 3
+
+
+def test_unknown_pieces_of_a_unigram_are_counted():
+    tokenizer = Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0), ("b", -2.0)], unk_id=0))
+    encoder = make_encoder(tokenizer)
+    ids = encoder.encode(["abxa"])
+    assert ids[0].tolist() == [1, 2, 0, 1] and encoder.count_unknowns(["abxa"], ids) == 1
+
+
+def test_a_tokenizer_that_has_no_token_for_a_word_is_one_line():
+    encoder = make_encoder(word_level(["fox"], unk="missing"))
+    with pytest.raises(ValueError, match="cannot encode some of the text: WordLevel error"):
+        encoder.encode(["dog"])
+
+
 def test_text_that_spells_a_special_token_is_text_by_the_library_as_well(made):
     tokenizer = change(made["bpe"], normalizer={"type": "NFC"})
     encoder = make_encoder(tokenizer)

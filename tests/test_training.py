@@ -107,6 +107,14 @@ def test_accumulated_micro_batches_equal_one_batch(run, tmp_path, batch_size, mi
     assert split.losses == pytest.approx(run.losses, abs=1e-5)
 
 
+def test_windows_that_begin_with_documents_are_trained_on(tmp_path):
+    (tmp_path / "texts").mkdir()
+    for i in range(9):
+        write_words(tmp_path / "texts" / f"{i}.txt")
+    run = train(tmp_path, corpus=tmp_path / "texts", windows="documents", max_iters=4, eval_interval=4)
+    assert len(run.losses) == 4 and run.losses[-1] < run.losses[0]
+
+
 def test_every_target_of_a_step_counts_the_same_however_short_its_window(tmp_path):
     # The gradient of a step over two epochs, a short window in each, beside one gradient of all windows in float64.
     # After its first step, AdamW's mean of gradients is 1 - beta1 of the gradient, and the checkpoint holds it.

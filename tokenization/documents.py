@@ -25,6 +25,7 @@ from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 OPENERS: dict[str, Any] = {".gz": gzip.open, ".tgz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 COMPRESSED = OPENERS.keys() | {".zst"}
@@ -259,7 +260,7 @@ def read_table(kind: str, file: IO[bytes], column: str, path: Path | None) -> It
         options["features"] = Features({column: Value("string")})
     if kind == ".parquet":
         parquet, options = (
-            pa.parquet.ParquetFile(file if file.seekable() else io.BytesIO(file.read())),
+            pq.ParquetFile(file if file.seekable() else io.BytesIO(file.read())),
             {"columns": [column]},
         )
         check_column(parquet.schema_arrow.names, column, "row 1")

@@ -94,6 +94,9 @@ class LibraryEncoder:
         spec = json.loads(tokenizer.to_str())
         unknown = spec["model"].get("unk_token")
         self.unknown_id = tokenizer.token_to_id(unknown) if unknown else spec["model"].get("unk_id")
+        # without an unknown token, a BPE drops the characters that it does not know, unless it is one of bytes
+        self.drops = spec["model"]["type"] == "BPE" and not unknown and not spec["model"]["byte_fallback"]
+        self.drops = self.drops and not set(byte_letters()) <= spec["model"]["vocab"].keys()
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         try:
@@ -103,7 +106,16 @@ class LibraryEncoder:
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encoded]
 
     def count_unknowns(self, texts: list[str], ids: list[np.ndarray]) -> int:
+        if self.drops:
+            return sum(map(self.count_dropped, texts))
         return 0 if self.unknown_id is None else sum(int((each == self.unknown_id).sum()) for each in ids)
+
+    def count_dropped(self, text: str) -> int:
+        """How many characters of a text, white space aside, are in no token."""
+        kept = np.zeros(len(text), dtype=bool)
+        for start, end in self.tokenizer.encode(text, add_special_tokens=False).offsets:
+            kept[start:end] = True
+        return sum(not text[i].isspace() for i in np.flatnonzero(~kept))
 
 
 class TiktokenEncoder:

@@ -20,6 +20,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 from filelock import FileLock, Timeout
 from tokenizers import Tokenizer
@@ -29,7 +30,7 @@ from .arguments import DataArguments
 from .corpora import Corpus, Unreached
 from .encoders import Encoder, count_bytes, make_encoder
 from .provenance import RECORD, asked_for, check_length
-from .vocabularies import check_tokens, load_tokenizer, named_tokenizer, train_bpe_tokenizer, train_char_tokenizer
+from .vocabularies import check_tokens, named_tokenizer, train_bpe_tokenizer, train_char_tokenizer
 from .windows import TokenStream, views_of
 
 SHARD = 2**25  # characters, or ids, that are read before they are tokenized: what a kill can cost, seconds of work
@@ -84,12 +85,13 @@ def fill(
     """Write all that a data_dir holds into the folder `whole`."""
     made_from = {"fingerprint": corpus.fingerprint, **asked_for(arguments, corpus)}
     cut = find_cut(corpus, arguments.val_fraction) if corpus.is_text else None
-    if goes_on(staging, made_from):
-        tokenizer = load_tokenizer(str(staging / TOKENIZER))
+    stamp = {**made_from, "shard": SHARD}
+    if goes_on(staging, stamp):
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(staging / TOKENIZER)
     else:
         tokenizer = make_tokenizer(corpus, cut, arguments)
         save_tokenizer(tokenizer, staging / TOKENIZER)
-        (staging / STAMP).write_text(json.dumps(made_from), encoding="utf-8")
+        (staging / STAMP).write_text(json.dumps(stamp), encoding="utf-8")
     check_tokens(tokenizer, model_tokenizer, arguments.data_dir)
     if corpus.is_text and cut is None and tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer={arguments.tokenizer} has no end-of-text token, which separates documents")
@@ -291,7 +293,7 @@ def encode_texts(rows: pa.Table, spec: str, end_id: int | None) -> pa.Table:
     encoder, stretches = open_encoder(spec), []
     ending = np.array([] if end_id is None else [end_id], dtype=np.uint32)
     for split in ("train", "val"):
-        mine = rows.filter(pa.compute.equal(rows["split"], split))
+        mine = rows.filter(pc.equal(rows["split"], split))
         texts, ends = mine["content"].to_pylist(), mine["ends"].to_pylist()
         encoded, ids = encoder.encode(texts), [ending[:0]]
         for text_ids, ends_here in zip(encoded, ends, strict=True):
@@ -305,7 +307,7 @@ def count_ids(rows: pa.Table, sizes: np.ndarray, end_id: int | None) -> pa.Table
     """Ids that someone else made, as they are, joined split by split."""
     stretches = []
     for split in ("train", "val"):
-        ids = rows.filter(pa.compute.equal(rows["split"], split))["content"].combine_chunks().flatten().to_numpy()
+        ids = rows.filter(pc.equal(rows["split"], split))["content"].combine_chunks().flatten().to_numpy()
         documents = 0 if end_id is None else int((ids == end_id).sum())
         stretches.append((split, ids, documents, int(sizes[ids].sum()), 0))
     return table_of(stretches)
@@ -378,10 +380,10 @@ def cut_rows(rows: pa.Table, files: list[str], starts: list[int], split: str) ->
 # Kills, other runs, and workers
 
 
-def goes_on(staging: Path, made_from: dict) -> bool:
+def goes_on(staging: Path, stamp: dict) -> bool:
     """Whether a killed run has left tokens there that were made from the same; what is of no use is removed."""
     try:
-        same = json.loads((staging / STAMP).read_text(encoding="utf-8")) == made_from
+        same = json.loads((staging / STAMP).read_text(encoding="utf-8")) == stamp
     except (OSError, ValueError):
         same = False
     for path in staging.iterdir():

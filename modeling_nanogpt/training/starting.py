@@ -81,7 +81,10 @@ def find_checkpoint(init_from: str, out_dir: Path) -> Path | None:
     if init_from == "resume":
         folder = newest_complete(out_dir)
         if folder is None:
-            raise ValueError(f"init_from=resume, but {out_dir}/{CHECKPOINTS} holds no complete checkpoint")
+            raise ValueError(
+                f"init_from=resume, but {out_dir}/{CHECKPOINTS} holds no complete checkpoint: give the --out_dir of a "
+                "run that stopped, or begin one with --init_from=scratch"
+            )
     else:
         folder = Path(init_from)
         if folder.parent.name != CHECKPOINTS:
