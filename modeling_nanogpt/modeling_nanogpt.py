@@ -8,6 +8,7 @@ Shapes: B sequences, T tokens, C = n_embd, H heads of D = C / H, V = vocab_size,
 """
 
 import math
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -42,6 +43,10 @@ def resolve_cache(cache, past_key_values, kwargs: dict) -> tuple[Cache | None, d
     """
     if cache is not None and past_key_values is not None:
         raise ValueError("give the key/value cache once: either as cache or as past_key_values")
+    if past_key_values is not None and CACHE == "cache" and not torch.compiler.is_compiling():
+        warnings.warn(
+            "`past_key_values` is deprecated: transformers calls it `cache` now", FutureWarning, stacklevel=2
+        )
     cache = past_key_values if cache is None else cache
     if isinstance(cache, tuple | list):
         raise ValueError(f"the cache is a {type(cache).__name__}: give a transformers Cache, as DynamicCache()")

@@ -3,6 +3,7 @@
 import inspect
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -45,6 +46,16 @@ def test_a_static_cache_is_used_under_either_name(name):
     cache = StaticCache(config=model.config, max_cache_len=16)
     parts = [model(chunk, **{name: cache}).logits for chunk in ids.split([5, 1, 6], dim=1)]
     assert_close(torch.cat(parts, dim=1), model(ids, use_cache=False).logits)
+
+
+def test_only_a_name_that_transformers_has_deprecated_causes_a_warning():
+    model, ids = make_model(), make_ids(1, 4)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        model(ids, cache=DynamicCache())
+        assert said == []
+        model(ids, past_key_values=DynamicCache())
+    assert len(said) == (CACHE == "cache")
 
 
 def test_both_names_stand_in_the_signature():
