@@ -341,8 +341,8 @@ def main(model_args: ModelArguments, data_args: DataArguments, run_args: RunArgu
 
 
 def run(arguments: tuple[ModelArguments, DataArguments, RunArguments], hooks: Hooks = NO_HOOKS) -> None:
-    """Run main. If the model does not fit into memory, end with one line that says which flags help."""
-    with fitting.out_of_memory_in_one_line(arguments[2]):
+    """Run main. Ctrl-C before training, and a model that does not fit into memory, end with one line."""
+    with fitting.ended_in_one_line(arguments[2]):
         main(*arguments, hooks=hooks)
 
 

@@ -28,8 +28,8 @@ from tokenization.corpora import STDLIB, open_corpus  # noqa: E402
 
 BATCHES = [(12, 1024), (64, 256)]  # windows, tokens in one: nanoGPT's defaults for GPT-2 and for characters
 
-# nanoGPT's prepare.py beside documents.jsonl, run as it stands but for where documents come from, in one process. It
-# writes 1024 parts of each split, and has to be told where there are fewer documents.
+# nanoGPT's prepare.py runs beside documents.jsonl, in one process. Only the source of its documents is another. It
+# writes 1024 parts of each split, and must be told if there are fewer documents.
 THEIR_PREPARE = """
 import datasets, sys
 load = datasets.load_dataset
@@ -132,7 +132,7 @@ def measure(sides: dict[str, Callable], repeats: int) -> dict[str, list]:
 
 
 def bench(corpus: str, copies: int, nanogpt: Path | None, repeats: int) -> None:
-    """Print the table; raises ValueError where a side cannot run."""
+    """Print the table; raises ValueError if a side cannot run."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_documents(corpus, copies, folder)

@@ -220,7 +220,7 @@ def test_a_long_csv_field_is_read_whole(tmp_path):
 
 @pytest.mark.parametrize("kind", TABLES)
 def test_datasets_would_have_changed_texts_or_agrees(tmp_path, kind, monkeypatch):
-    # Why documents.py reads tables itself: where the library stops changing them, its readers could do.
+    # Why documents.py reads some tables itself. Once the library no longer changes them, its readers will do.
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     rows = [{"text": text} for text in ("007", "NA", "2020-01-01")]
     builder = {"jsonl": "json"}.get(kind, kind)

@@ -1,4 +1,4 @@
-"""Encoding: whichever way is taken, the ids are the tokenizer's own, and tiktoken's where it is GPT-2's."""
+"""Encoding: whichever way is taken, the ids are the tokenizer's own, and tiktoken's if it is GPT-2's."""
 
 import json
 import random

@@ -52,7 +52,8 @@ def command(tmp_path_factory):
 
     yield start
     for each in started:
-        each.process.kill()  # what a test that failed has left
+        if each.process.is_alive():  # a test that failed has left it
+            each.process.kill()
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from modeling_nanogpt import NanoGPTForCausalLM
-from modeling_nanogpt.training import checkpointing
+from modeling_nanogpt.training import saving
 from modeling_nanogpt.training.checkpointing import list_checkpoints, newest_complete
 from support import PATIENCE, ROOT
 from support.runs import (
@@ -271,7 +271,7 @@ def take_cpus_for_gpus() -> None:
 
 def note_plan(path: str) -> None:
     """Write down how the model is sharded, at its first save."""
-    gather = checkpointing.gather_tensors
+    gather = saving.gather_tensors
 
     def noted(model, optimizer):
         units = [name for name, each in model.named_modules() if type(each).__name__.startswith("FSDP")]
@@ -286,7 +286,7 @@ def note_plan(path: str) -> None:
         Path(path).write_text(json.dumps(plan))
         return gather(model, optimizer)
 
-    checkpointing.gather_tensors = noted
+    saving.gather_tensors = noted
 
 
 def run_sharded(folder, out_dir, *flags, before=()):
@@ -435,7 +435,7 @@ def test_accelerate_launch_with_two_processes_on_cpus_is_refused(folder, tmp_pat
         timeout=PATIENCE,
     )
     (line,) = re.findall(r"^train_accelerate\.py: error: .*$", result.stderr, re.M)
-    assert "several processes, but starts one" in line and "torchrun --standalone --nproc_per_node" in line
+    assert "several processes, but starts only one" in line and "torchrun --standalone --nproc_per_node" in line
     assert result.returncode != 0 and result.stdout == "" and not (tmp_path / "out").exists()
 
 

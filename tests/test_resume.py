@@ -275,7 +275,7 @@ def refusal(folder, **flags):
 @pytest.mark.parametrize("init_from", ["resume", "checkpoints/step-00000004"])
 def test_there_must_be_something_to_go_on_from(folder, tmp_path, init_from):
     line = refusal(folder, out_dir=tmp_path / "out", init_from=init_from)
-    assert f"init_from={init_from}" in line and "no complete checkpoint" in line
+    assert f"init_from={init_from}" in line and "complete checkpoint" in line
 
 
 def test_a_named_checkpoint_that_is_not_complete_is_refused(folder, copied):

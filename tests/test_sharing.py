@@ -84,7 +84,7 @@ def test_a_dataset_of_the_hub_is_a_corpus(hub, rows, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "was made from other text" in done.stdout and revision in done.stdout
 
-    # and where the Hub does not answer, what is there is taken, and said to be
+    # if the Hub does not answer, the run takes what is there, and says so
     said = hub.run(
         tmp_path,
         [sys.executable, "-c", PREPARE + "prepare(DataArguments(**flags))"],

@@ -150,7 +150,7 @@ GPT2_WORDS = regex.compile(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\
 
 
 def byte_letters():
-    """GPT-2's letter for each byte: itself where it prints, else the next one from U+0100 on."""
+    """GPT-2's letter for each byte: the byte itself if it prints, else the next letter from U+0100 on."""
     printing = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
     others = [byte for byte in range(256) if byte not in printing]
     return {byte: chr(byte) for byte in printing} | {byte: chr(256 + i) for i, byte in enumerate(others)}
@@ -221,7 +221,7 @@ def test_the_same_texts_give_the_same_tokenizer():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Loading, where there is transformers alone
+# Loading, in a process that has transformers alone
 
 FRESH_PROCESS = """
 import json, sys

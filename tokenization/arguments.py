@@ -49,16 +49,17 @@ class DataArguments:
         None,
         "python-stdlib; a file of text, .jsonl, .json, .csv, .tsv or .parquet, also compressed or in a .zip or .tar; "
         "a folder or glob of them; an https:// file; a Hub dataset, or one that `datasets` saved; or token files: "
-        "nanoGPT's train.bin and val.bin, or shards of llm.c. Without it data_dir must be there already",
+        "nanoGPT's train.bin and val.bin, or shards of llm.c. Without a corpus, data_dir must exist already",
     )
     tokenizer: str = knob(
         "char",
-        "char or bpe, made from the corpus; gpt2; a folder or Hub id that holds a tokenizer; or a text file, whose "
-        "characters are the tokens",
+        "char or bpe, made from the corpus; gpt2; a folder or Hub id with a tokenizer; or a text file, whose characters "
+        "become the tokens",
     )
-    vocab_size: int = knob(4096, "tokens in a bpe tokenizer; the others ignore it")
+    vocab_size: int = knob(4096, "number of tokens of a bpe tokenizer; other tokenizers ignore this flag")
     data_dir: str | None = knob(
-        None, "where the tokens are, or will be written; without corpus, a Hub id of a shared data_dir as well"
+        None,
+        "folder for the tokens, which a later run finds again; without a corpus, perhaps a Hub id of a shared one",
     )
     corpus_config: str = knob("", "configuration of a Hub dataset")
     corpus_split: str = knob("train", "split of a dataset to train on")
@@ -67,12 +68,14 @@ class DataArguments:
     )
     corpus_revision: str = knob("", "branch, tag or commit of a Hub dataset")
     text_column: str = knob("text", "column of a table that holds the text, or token ids (as input_ids)")
-    val_fraction: float = knob(0.1, "held out for validation: of the documents, or of the characters of a single one")
-    num_proc: int = knob(1, "processes that tokenize; the result does not depend on it")
+    val_fraction: float = knob(
+        0.1, "part held out for validation: of the documents, or of the characters of a single document"
+    )
+    num_proc: int = knob(1, "processes that tokenize; the result does not depend on their number")
     windows: Literal["random", "epoch", "documents"] = knob(
         "random",
-        "windows to train on: at random offsets; each token as a target once an epoch; or the same, with windows that "
-        "begin where documents do",
+        "windows to train on. random: at random offsets; epoch: each token is a target once an epoch; documents: as "
+        "epoch, but each window begins with a document or goes on with one",
     )
 
     def __post_init__(self):
@@ -81,9 +84,11 @@ class DataArguments:
                 setattr(self, flag, os.path.expanduser(getattr(self, flag)))
         self.corpus = self.corpus or None
         if self.tokenizer == "bpe" and self.vocab_size < 257:
-            raise ValueError(f"vocab_size={self.vocab_size}, but bpe needs 257 at least: 256 bytes and <|endoftext|>")
+            raise ValueError(f"vocab_size={self.vocab_size}, but bpe needs at least 257: 256 bytes and <|endoftext|>")
         if not 0 < self.val_fraction < 1:
-            raise ValueError(f"val_fraction={self.val_fraction}, but it must be between 0 and 1, as 0.1")
+            raise ValueError(
+                f"val_fraction={self.val_fraction}, but it must be between 0 and 1: 0.1 holds out a tenth"
+            )
         if self.num_proc < 1:
             raise ValueError(f"num_proc={self.num_proc}, but it must be at least 1")
 

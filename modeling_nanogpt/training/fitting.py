@@ -83,10 +83,16 @@ def try_batch_size(batch_size: int, attempt: Callable[[int], None]) -> bool:
 
 
 @contextmanager
-def out_of_memory_in_one_line(flags) -> Iterator[None]:
-    """Let a model that does not fit into memory end the process with a line that says which flags help."""
+def ended_in_one_line(flags) -> Iterator[None]:
+    """Let Ctrl-C, and a model that does not fit into memory, end the process with one line and no traceback.
+
+    While the run trains, Ctrl-C saves and stops, so only the time before that comes here.
+    """
     try:
         yield
+    except KeyboardInterrupt:
+        print("\ntrain_accelerate.py: stopped before training; the same command goes on", file=sys.stderr)
+        sys.exit(130)
     except RuntimeError as error:
         if not should_reduce_batch_size(error):
             raise
