@@ -53,8 +53,8 @@ class DataArguments:
     )
     tokenizer: str = knob(
         "char",
-        "char or bpe, made from the corpus; gpt2; a folder or Hub id with a tokenizer; or a text file, whose characters "
-        "become the tokens",
+        "char or bpe, made from the corpus; gpt2; a folder or Hub id with a tokenizer; or a text file, whose "
+        "characters become the tokens",
     )
     vocab_size: int = knob(4096, "number of tokens of a bpe tokenizer; other tokenizers ignore this flag")
     data_dir: str | None = knob(
