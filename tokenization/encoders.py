@@ -42,7 +42,7 @@ class Encoder(Protocol):
     cuts: bool
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
-        """The ids of each text; raises ValueError if the tokenizer has none for some text."""
+        """The ids of each text. Raises ValueError if the tokenizer cannot encode a text."""
 
     def count_unknowns(self, texts: list[str], ids: list[np.ndarray]) -> int:
         """How many characters, or words, are no tokens of their own: spelled by bytes, or lost."""

@@ -126,7 +126,7 @@ def fill(
 
 
 def make_tokenizer(corpus: Corpus, cut: int | None, arguments: DataArguments) -> PreTrainedTokenizerFast:
-    """The tokenizer that the flags name; raises ValueError if there is none."""
+    """The tokenizer that the flags name. Raises ValueError if it cannot be had."""
     name = arguments.tokenizer
     if name not in ("char", "bpe"):
         return named_tokenizer(name)
@@ -165,7 +165,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
 def find_cut(corpus: Corpus, val_fraction: float) -> int | None:
     """Where a single document is cut into train and val, in characters: nanoGPT's int(0.9 * len).
 
-    None if there are several documents, which stay whole; raises ValueError if there is none.
+    None if there are several documents, which stay whole. Raises ValueError if the corpus has no text.
     """
     characters = documents = 0
     for text, ends, held_out in corpus.read():

@@ -24,7 +24,7 @@ LONG_WORD = re.compile(r"\S{1000}")
 
 
 def named_tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """The tokenizer that a flag names, unless it is made from the corpus; raises ValueError if there is none."""
+    """The tokenizer that a flag names, if it is not made from the corpus. Raises ValueError if it cannot be had."""
     if name == "gpt2":
         return make_gpt2_tokenizer()
     if Path(name).is_file():
@@ -33,7 +33,7 @@ def named_tokenizer(name: str) -> PreTrainedTokenizerFast:
 
 
 def load_tokenizer(name: str, flag: str = "tokenizer", revision: str | None = None) -> PreTrainedTokenizerFast:
-    """The tokenizer of the folder or Hub id that a flag names; raises ValueError if there is none."""
+    """The tokenizer of the folder or Hub id that a flag names. Raises ValueError if it has no tokenizer."""
     from transformers import AutoTokenizer  # imports torch, which preparing does not need otherwise
 
     try:
