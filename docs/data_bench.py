@@ -1,6 +1,6 @@
 """How fast text becomes tokens and tokens become batches, beside nanoGPT's own code on the same text.
 
-    python docs/data_bench.py [--nanogpt CHECKOUT] [--corpus CORPUS] [--copies 8] [--repeats 3]
+    python docs/data_bench.py [--nanogpt CHECKOUT] [--corpus CORPUS] [--copies 24] [--repeats 3]
 
 Each figure is the median of some repeats, with the lowest and the highest; ours and nanoGPT's take turns, each in a
 fresh process, one process at a time. A prepare is timed from the start of its process to the end. nanoGPT's code runs
@@ -9,15 +9,20 @@ train.py.
 """
 
 import argparse
+import itertools
 import json
 import os
+import random
+import re
 import resource
 import statistics
+import string
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -26,6 +31,8 @@ sys.path.insert(0, str(ROOT))
 from tokenization.arguments import DataArguments  # noqa: E402  found by the path above
 from tokenization.corpora import STDLIB, open_corpus  # noqa: E402
 
+WEB = "web-like"
+WEB_BYTES = 11_250_000  # in one copy: 24 copies have 75 million tokens
 BATCHES = [(12, 1024), (64, 256)]  # windows, tokens in one: nanoGPT's defaults for GPT-2 and for characters
 
 # nanoGPT's prepare.py runs beside documents.jsonl, in one process. Only the source of its documents is another. It
@@ -91,16 +98,46 @@ def run(folder: Path, *command) -> tuple[str, float, float]:
     return process.stdout, seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def write_documents(corpus: str, copies: int, folder: Path) -> None:
-    """The documents of a corpus, some times over, as a table that both sides read."""
+def read_documents(corpus: str) -> Iterator[str]:
     held = []
+    for text, ends, _ in open_corpus(DataArguments(corpus=corpus)).read():
+        held.append(text)
+        if ends:
+            yield "".join(held)
+            held = []
+
+
+def make_documents(words: Counter, seed: int) -> Iterator[str]:
+    """Documents like those of the web, WEB_BYTES in all: words as frequent as given, and names that come once.
+
+    A third of the sentences has such a name. Without them, an encoder that remembers words would look too fast.
+    """
+    draw = random.Random(seed)
+    known, bounds = list(words), list(itertools.accumulate(words.values()))
+    size = 0
+    while size < WEB_BYTES:
+        sentences = []
+        for _ in range(draw.randint(4, 60)):
+            sentence = draw.choices(known, cum_weights=bounds, k=draw.randint(5, 25))
+            if draw.random() < 1 / 3:
+                name = "".join(draw.choices(string.ascii_lowercase, k=draw.randint(5, 10)))
+                sentence.insert(draw.randrange(len(sentence)), name.capitalize())
+            sentences.append(" ".join(sentence).capitalize() + ".")
+        text = " ".join(sentences)
+        size += len(text)
+        yield text
+
+
+def write_documents(corpus: str, copies: int, folder: Path) -> None:
+    """The documents of a corpus, some times over, as a table that both sides read. Copies of WEB differ."""
+    words = Counter()
+    if corpus == WEB:
+        for text in read_documents(STDLIB):
+            words.update(re.findall("[A-Za-z]+", text))
     with (folder / "documents.jsonl").open("w") as file:
-        for _ in range(copies):
-            for text, ends, _ in open_corpus(DataArguments(corpus=corpus)).read():
-                held.append(text)
-                if ends:
-                    file.write(json.dumps({"text": "".join(held)}) + "\n")
-                    held = []
+        for seed in range(copies):
+            for text in make_documents(words, seed) if corpus == WEB else read_documents(corpus):
+                file.write(json.dumps({"text": text}) + "\n")
 
 
 def our_prepare(folder: Path) -> tuple[float, float, int]:
@@ -169,8 +206,8 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--corpus", default=STDLIB, help=f"as in training; default: {STDLIB}")
-    parser.add_argument("--copies", type=int, default=8, help="how often over, as it is short; default: 8")
+    parser.add_argument("--corpus", default=STDLIB, help=f"{WEB}, or as in training; default: {STDLIB}")
+    parser.add_argument("--copies", type=int, default=24, help="how often over, as it is short; default: 24")
     parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT, whose own code is then run as well")
     parser.add_argument("--repeats", type=int, default=3, help="default: 3")
     args = parser.parse_args()
