@@ -26,6 +26,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import reduce
 from pathlib import Path
 
 from .command_line import CommandParser
@@ -80,12 +81,13 @@ def convert(source: str, destination: Path, to: str, tokenizer: str | None, revi
         print(f"{source}: the optimizer's state is left out", file=sys.stderr)
     try:
         with whole_folder(destination) as folder:
+            config, weights = opened.read()
             if chosen is None:
-                write_ckpt(folder, opened.config, opened.weights())
+                write_ckpt(folder, config, weights)
             elif to == "gpt2":
-                write_gpt2(folder, opened.config, opened.weights(), chosen)
+                write_gpt2(folder, config, weights, chosen)
             else:
-                write_nanogpt(folder, opened.config, opened.weights(), chosen)
+                write_nanogpt(folder, config, weights, chosen)
     except OSError as error:
         raise ValueError(f"{destination} cannot be written ({error}): name another folder") from None
 
@@ -166,8 +168,8 @@ def write_ckpt(folder: Path, config: NanoGPTConfig, weights: StateDict) -> None:
 
 
 def dtype_of(weights: StateDict) -> torch.dtype:
-    """The dtype of a model's weights, which is one for all."""
-    return weights["transformer.wte.weight"].dtype
+    """The dtype of a model's weights; if they differ, one that keeps all of them as they are."""
+    return reduce(torch.promote_types, {tensor.dtype for tensor in weights.values()})
 
 
 def main(arguments: argparse.Namespace) -> None:
