@@ -77,8 +77,7 @@ for batch_size, block_size in json.loads(sys.argv[2]):
         drawn = training_windows(
             stream, order="random", seed=1337, step=step, count=batch_size, block_size=block_size
         )
-        ids = torch.from_numpy(stream.windows(drawn.offsets, drawn.lengths, block_size))
-        x, y = ids[:, :-1], ids[:, 1:].contiguous()
+        x, y = (torch.from_numpy(ids) for ids in stream.batch(drawn, block_size))
         taken.append((time.perf_counter() - started) * 1e6)
     times.append(statistics.median(taken))
 print(json.dumps(times))
