@@ -268,8 +268,9 @@ def tokenize(
         size = sum(len(content) for _, content, _ in shard)
         splits, contents, ends = zip(*shard, strict=True)
         kind = pa.large_string() if corpus.is_text else pa.large_list(pa.uint32())
-        name = f"tokens-{number:05d}"  # is the fingerprint too: to find one, `datasets` would read all of the text
-        rows = Dataset(pa.table({"split": splits, "content": pa.array(contents, kind), "ends": ends}), fingerprint=name)
+        name = f"tokens-{number:05d}"  # also the fingerprint: `datasets` would read the whole text to find one
+        table = pa.table({"split": splits, "content": pa.array(contents, kind), "ends": ends})
+        rows = Dataset(table, fingerprint=name)
         yield rows.with_format("arrow").map(
             function,
             batched=True,
