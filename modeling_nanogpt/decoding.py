@@ -17,7 +17,7 @@ from .modeling_nanogpt import CACHE
 ENDED_EVERY = 32  # steps after which a GPU is asked whether all rows have ended: asking waits for the device
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def continue_prompt(
     model: PreTrainedModel,
     ids: torch.Tensor,
@@ -26,13 +26,14 @@ def continue_prompt(
     temperature: float,
     top_k: int,
     stride: int | None = None,
+    generator: torch.Generator | None = None,
 ) -> Iterator[torch.Tensor]:
     """Continue prompts (B, T) int64: yields the next token of each row, (B,) int64, at most max_new_tokens times.
 
     Temperature 0 takes the likeliest token; top_k 0 draws from all tokens. `stride` (tokens) is how many of a full
     context are dropped at once, by default half of it. A row that has ended goes on with its end-of-text id, and after
-    the last row has ended, no more comes. Draws come from torch's own generator. Of the model's generation
-    configuration, eos_token_id and suppress_tokens count.
+    the last row has ended, no more comes. Draws come from `generator`, or from torch's own. Of the model's
+    generation configuration, eos_token_id and suppress_tokens count.
     """
     block_size = model.config.max_position_embeddings
     stride = stride or max(block_size // 2, 1)
@@ -43,7 +44,7 @@ def continue_prompt(
     cache, unread = DynamicCache(config=model.config), context  # what the cache does not hold yet
     for step in range(1, max_new_tokens + 1):
         logits = model(unread, use_cache=True, logits_to_keep=1, **{CACHE: cache}).logits[:, -1].float()  # (B, V)
-        token = choose(logits.index_fill(1, never, -torch.inf), temperature, top_k)  # (B,)
+        token = choose(logits.index_fill(1, never, -torch.inf), temperature, top_k, generator)  # (B,)
         if len(ends):
             token = torch.where(ended, ends[0], token)
             ended |= torch.isin(token, ends)
@@ -66,12 +67,12 @@ def token_sets(settings: GenerationConfig, device: torch.device) -> tuple[torch.
     return torch.tensor(ends, dtype=torch.long, device=device), torch.tensor(never, dtype=torch.long, device=device)
 
 
-def choose(logits: torch.Tensor, temperature: float, top_k: int) -> torch.Tensor:
+def choose(logits: torch.Tensor, temperature: float, top_k: int, generator: torch.Generator | None) -> torch.Tensor:
     """One token (B,) for each row of logits (B, V): the likeliest, or a draw from the softmax of the top_k."""
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits = logits / temperature
     if 0 < top_k < logits.shape[-1]:
         logits, tokens = logits.topk(top_k)  # (B, top_k) each: a draw from few is cheaper than one from all
-        return tokens.gather(1, torch.multinomial(logits.softmax(dim=-1), 1))[:, 0]
-    return torch.multinomial(logits.softmax(dim=-1), 1)[:, 0]
+        return tokens.gather(1, torch.multinomial(logits.softmax(dim=-1), 1, generator=generator))[:, 0]
+    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
