@@ -126,14 +126,11 @@ LOSS_ONLY = {"skip_logits": True, "use_cache": False}  # training needs the loss
 # Batches and evaluation
 
 
-def to_device(ids: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Windows of ids (B, T + 1) as inputs (B, T) and targets (B, T); -100 marks a position without a target."""
-    tensor = torch.from_numpy(ids)  # (B, T + 1) int64
+def to_device(ids: np.ndarray, device: torch.device) -> torch.Tensor:
+    tensor = torch.from_numpy(ids)
     if device.type == "cuda":
         tensor = tensor.pin_memory()  # from pinned memory, the copy overlaps the work of the GPU
-    tensor = tensor.to(device, non_blocking=True)
-    inputs = tensor[:, :-1].clamp(min=0)  # padding is -100; as an input it may be any id, because it has no target
-    return inputs, tensor[:, 1:].contiguous()
+    return tensor.to(device, non_blocking=True)
 
 
 def training_batches(
@@ -148,8 +145,8 @@ def training_batches(
         windows = draw(step)  # of all processes
         mean_targets = windows.lengths.sum().item() / (len(windows) // batch_size)
         for mine in windows.shares(batch_size, accelerator.num_processes, accelerator.process_index):
-            ids = stream.windows(mine.offsets, mine.lengths, block_size)  # (B, T + 1)
-            inputs, targets = to_device(ids, accelerator.device)  # (B, T) each
+            batch = stream.batch(mine, block_size)  # inputs (B, T) and targets (B, T)
+            inputs, targets = (to_device(ids, accelerator.device) for ids in batch)
             yield inputs, targets, mean_targets
 
 
@@ -169,8 +166,8 @@ def evaluate(
     model.eval()  # without dropout
     sums = []
     for mine in padded.shares(batch_size, accelerator.num_processes, accelerator.process_index):
-        ids = split.windows(mine.offsets, mine.lengths, block_size)  # (B, T + 1)
-        inputs, targets = to_device(ids, accelerator.device)
+        batch = split.batch(mine, block_size)  # a position without a target has the target -100
+        inputs, targets = (to_device(ids, accelerator.device) for ids in batch)
         # the loss is a sum divided by num_items_in_batch, so 1 leaves the sum
         sums.append(model(inputs, shift_labels=targets, num_items_in_batch=1, **LOSS_ONLY).loss)
     model.train()

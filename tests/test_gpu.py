@@ -13,8 +13,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_nanogpt import NanoGPTConfig, NanoGPTForCausalLM
+from modeling_nanogpt.decoding import continue_prompt
 from modeling_nanogpt.optimization import make_optimizer
-from modeling_nanogpt.sample import continue_prompt
 from modeling_nanogpt.throughput import peak_flops
 from support.tiny_run import train
 from train_accelerate import to_device
@@ -90,13 +90,12 @@ def test_an_overflow_skips_the_step_and_lowers_the_scale():
 
 
 def test_batches_travel_from_pinned_memory():
-    windows = np.arange(4 * 129).reshape(4, 129)
+    ids = np.arange(4 * 128).reshape(4, 128)
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
-        inputs, targets = to_device(windows, torch.device("cuda"))
+        tensor = to_device(ids, torch.device("cuda"))
         torch.cuda.synchronize()
     assert any("Pinned -> Device" in event.name for event in profiler.events())
-    assert inputs.cpu().equal(torch.from_numpy(windows[:, :-1]))
-    assert targets.cpu().equal(torch.from_numpy(windows[:, 1:])) and targets.is_contiguous()
+    assert tensor.cpu().equal(torch.from_numpy(ids))
 
 
 @pytest.mark.parametrize("backend", [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION])
@@ -126,8 +125,9 @@ def test_sampling_gives_the_same_text_on_a_gpu_as_on_a_cpu(float32_run):
     model = AutoModelForCausalLM.from_pretrained(float32_run.out_dir).eval()
     tokenizer = AutoTokenizer.from_pretrained(float32_run.out_dir)
     prompt = tokenizer("to be ", return_tensors="pt").input_ids
-    on_cpu = continue_prompt(model, prompt, 24, do_sample=False)  # past block_size
-    on_gpu = continue_prompt(model.cuda(), prompt.cuda(), 24, do_sample=False)
+    greedy = {"temperature": 0, "top_k": 0}
+    on_cpu = torch.stack(list(continue_prompt(model, prompt, 24, **greedy)))  # past block_size
+    on_gpu = torch.stack(list(continue_prompt(model.cuda(), prompt.cuda(), 24, **greedy)))
     assert on_gpu.cpu().equal(on_cpu)
 
 

@@ -39,6 +39,15 @@ def sliced_windows(ids, offsets, targets, block_size):
     return windows
 
 
+def check_batch(stream, windows, expected):
+    """Compare TokenStream.batch with the expected windows: as inputs, which have no -100, and as targets."""
+    inputs, targets = stream.batch(windows, expected.shape[1] - 1)
+    assert inputs.dtype == targets.dtype == np.int64
+    assert inputs.flags.c_contiguous and targets.flags.c_contiguous
+    np.testing.assert_array_equal(inputs, np.where(expected == NO_TARGET, 0, expected)[:, :-1])
+    np.testing.assert_array_equal(targets, expected[:, 1:])
+
+
 def both(windows):
     """Offsets and lengths, each (N,) int64."""
     assert windows.offsets.dtype == windows.lengths.dtype == np.int64
@@ -92,6 +101,8 @@ def test_windows_are_slices_of_a_circle_at_every_offset_and_width(dtype, sizes, 
                 assert windows.dtype == np.int64
                 expected = sliced_windows(ids[:length], offsets, counts, block_size)
                 np.testing.assert_array_equal(windows, expected)
+                for one in range(length):  # of all windows, some go on in another chunk
+                    check_batch(stream, Windows(offsets[one:][:2], counts[one:][:2]), expected[one:][:2])
 
 
 @settings(deadline=None, derandomize=True, max_examples=200)
@@ -104,19 +115,24 @@ def test_any_windows_of_any_chunks_are_slices_of_a_circle(data):
     offsets = np.array(data.draw(st.lists(st.integers(0, length - 1), max_size=5)), dtype=np.int64)
     targets = np.array([data.draw(st.integers(0, block_size)) for _ in offsets], dtype=np.int64)
     windows = stream.windows(offsets, targets, block_size)
-    np.testing.assert_array_equal(windows, sliced_windows(np.arange(length), offsets, targets, block_size))
+    expected = sliced_windows(np.arange(length), offsets, targets, block_size)
+    np.testing.assert_array_equal(windows, expected)
+    check_batch(stream, Windows(offsets, targets), expected)
 
 
 def test_no_offsets_give_no_windows():
     none = np.empty(0, dtype=np.int64)
-    assert TokenStream([np.arange(30, dtype=np.uint16)], 30).windows(none, none, 4).shape == (0, 5)
+    stream = TokenStream([np.arange(30, dtype=np.uint16)], 30)
+    assert stream.windows(none, none, 4).shape == (0, 5)
+    check_batch(stream, Windows(none, none), np.empty((0, 5), dtype=np.int64))
 
 
 def test_a_window_may_be_written_without_changing_the_stream():
     ids = np.arange(30, dtype=np.uint16)
     stream = TokenStream(cut(ids, [12, 18]), 30)
     for offset in (2, 8):
-        stream.windows(np.array([offset]), np.array([9]), 9)[:] = 0
+        inputs, targets = stream.batch(Windows(np.array([offset]), np.array([9])), 9)
+        inputs[:] = targets[:] = 0
     np.testing.assert_array_equal(ids, np.arange(30))
 
 

@@ -217,7 +217,7 @@ def is_shard(path: Path) -> bool:
 def read_lines(file: IO[bytes]) -> Iterator[tuple[str, object]]:
     """The values of JSON lines, and where each stands."""
     for number, line in enumerate(file, start=1):
-        if line.strip():
+        if not line.isspace():
             try:
                 yield f"line {number}", json.loads(line)
             except UnicodeDecodeError:

@@ -14,7 +14,7 @@ from typing import Protocol
 
 import numpy as np
 import tiktoken
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 
 # GPT-2's words as OpenAI and the `tokenizers` library spell them, and as tiktoken does: the same words of every text.
 LIBRARY_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -222,9 +222,9 @@ def ranks_of(model: dict, special: set[str]) -> dict[bytes, int] | None:
     """The tokens of a byte-level BPE as tiktoken takes them, bytes to id; None if it would give other ids.
 
     The library merges the pair that stands first in the list of merges, tiktoken the one whose joint token has the
-    lowest id. These are the same if ids never fall along the list, and if each token's own bytes, merged by what
-    stands before it, come down to a pair that the list has for it: up to that merge the two agree on every text by
-    induction, and a stretch whose border no merge has crossed is merged as if it stood alone.
+    lowest id. These are the same if ids never fall along the list, and if the library brings each token's own letters
+    down to that token: up to each merge the two agree on every text by induction, and a stretch whose border no merge
+    has crossed is merged as if it stood alone.
     """
     unlike = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
     if any(model.get(key) for key in unlike) or (model.get("ignore_merges") and special & model["vocab"].keys()):
@@ -233,35 +233,15 @@ def ranks_of(model: dict, special: set[str]) -> dict[bytes, int] | None:
     vocabulary = {token: i for token, i in model["vocab"].items() if token not in special}
     if not set().union(*vocabulary) <= letters.keys() or not letters.keys() <= vocabulary.keys():
         return None
-    ranks = {bytes([byte]): vocabulary[letter] for letter, byte in letters.items()}
-    merged: dict[bytes, int] = {}
-    found, last = set(), -1
-    for left, right in (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]):
-        pair = [bytes(letters[letter] for letter in part) for part in (left, right)]
-        token, i = b"".join(pair), vocabulary.get(left + right, -1)
-        if i < 0:
-            return None
-        if i > last:
-            expected = merge_bytes(token, merged)
-            merged[token] = last = i
-        if pair == expected:
-            found.add(token)
-    complete = len(found) == len(merged) == len(vocabulary) - 256
-    return ranks | merged if complete else None
-
-
-def merge_bytes(token: bytes, merged: dict[bytes, int]) -> list[bytes]:
-    """The parts to which tiktoken's algorithm brings the bytes of a token, the lowest id first."""
-    parts = [bytes([byte]) for byte in token]
-    while True:
-        pairs = [
-            (merged.get(left + right, MISSING), i)
-            for i, (left, right) in enumerate(zip(parts, parts[1:], strict=False))
-        ]
-        lowest, i = min(pairs, default=(MISSING, 0))
-        if lowest == MISSING:
-            return parts
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
+    made = [vocabulary.get(left + right, -1) for left, right in merges]
+    if made != sorted(made) or {vocabulary[letter] for letter in letters} | set(made) != set(vocabulary.values()):
+        return None
+    library = models.BPE(vocab=vocabulary, merges=merges)
+    if any(len(library.tokenize(token)) != 1 for token in vocabulary):
+        return None
+    table = str.maketrans({letter: chr(byte) for letter, byte in letters.items()})
+    return {token.translate(table).encode("latin-1"): i for token, i in vocabulary.items()}
 
 
 def byte_letters() -> list[str]:

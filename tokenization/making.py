@@ -268,7 +268,9 @@ def tokenize(
         size = sum(len(content) for _, content, _ in shard)
         splits, contents, ends = zip(*shard, strict=True)
         kind = pa.large_string() if corpus.is_text else pa.large_list(pa.uint32())
-        rows = Dataset(pa.table({"split": splits, "content": pa.array(contents, kind), "ends": ends}))
+        name = f"tokens-{number:05d}"  # also the fingerprint: `datasets` would read the whole text to find one
+        table = pa.table({"split": splits, "content": pa.array(contents, kind), "ends": ends})
+        rows = Dataset(table, fingerprint=name)
         yield rows.with_format("arrow").map(
             function,
             batched=True,
@@ -276,8 +278,8 @@ def tokenize(
             num_proc=arguments.num_proc if arguments.num_proc > 1 else None,
             features=features,
             remove_columns=rows.column_names,
-            cache_file_name=str(staging / f"tokens-{number:05d}.arrow"),
-            new_fingerprint=f"tokens-{number:05d}",
+            cache_file_name=str(staging / f"{name}.arrow"),
+            new_fingerprint=name,
             desc=f"Tokenizing shard {number + 1}",
         )
 

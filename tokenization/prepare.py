@@ -111,11 +111,11 @@ def find_data_dir(name: str, corpus: str | None) -> Path:
 
     Raises ValueError if it cannot be fetched.
     """
+    if corpus is not None or Path(name).exists() or name.count("/") != 1:
+        return Path(name)
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-    if corpus is not None or Path(name).exists() or name.count("/") != 1:
-        return Path(name)
     try:
         validate_repo_id(name)
     except HFValidationError:

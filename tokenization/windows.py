@@ -52,14 +52,30 @@ class TokenStream:
 
     def __init__(self, chunks: list[np.ndarray], length: int, end_id: int | None = None):
         ends = np.minimum(np.cumsum([len(chunk) for chunk in chunks], dtype=np.int64), length)  # (chunks,)
-        self._chunks = chunks
         self._starts = np.concatenate([[0], ends])  # (chunks + 1,)
+        self._chunks = [chunk[:size] for chunk, size in zip(chunks, np.diff(self._starts), strict=True)]
         self._length = length
         self._end_id = end_id
         self._documents: dict[int, Windows] = {}  # by block_size: what document_windows has found
 
     def __len__(self) -> int:
         return self._length
+
+    def batch(self, windows: Windows, block_size: int) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs (B, block_size) and targets (B, block_size), both int64: a target is the token after its input.
+
+        Beyond the length of a window, inputs are 0 and targets NO_TARGET.
+        """
+        first = self._starts.searchsorted(windows.offsets, side="right") - 1  # the chunk in which each window starts
+        places = zip(first.tolist(), (windows.offsets - self._starts[first]).tolist(), strict=True)
+        slices = [self._chunks[chunk][at : at + block_size + 1] for chunk, at in places]
+        ids = np.concatenate([*slices, self._chunks[0][:0]])  # two or four bytes an id, until they are gathered
+        if len(ids) == len(windows) * (block_size + 1) and (windows.lengths == block_size).all():
+            ids = ids.reshape(-1, block_size + 1)
+            return ids[:, :-1].astype(np.int64), ids[:, 1:].astype(np.int64)
+        # some window is short, or goes on in another chunk
+        ids = self.windows(windows.offsets, windows.lengths, block_size)
+        return ids[:, :-1].clip(min=0), ids[:, 1:].copy()
 
     def windows(self, offsets: np.ndarray, lengths: np.ndarray, block_size: int) -> np.ndarray:
         """Ids (B, block_size + 1) int64: those from offsets (B,) on, lengths (B,) + 1 of them; beyond, NO_TARGET.
@@ -68,10 +84,6 @@ class TokenStream:
         """
         first = self._starts.searchsorted(offsets, side="right") - 1  # the chunk in which each window starts
         at = offsets - self._starts[first]
-        if len(offsets) and (offsets + block_size < self._starts[first + 1]).all() and (lengths == block_size).all():
-            places = zip(first.tolist(), at.tolist(), strict=True)
-            slices = [self._chunks[chunk][start : start + block_size + 1] for chunk, start in places]
-            return np.concatenate(slices, dtype=np.int64).reshape(len(offsets), block_size + 1)
         windows = np.full((len(offsets), block_size + 1), NO_TARGET, dtype=np.int64)
         for window, chunk, start, count in zip(windows, first.tolist(), at.tolist(), lengths.tolist(), strict=True):
             self._fill(window[: count + 1], chunk, start)
@@ -81,8 +93,7 @@ class TokenStream:
         """A window, which may go on in other chunks, and from the end of the stream to its beginning."""
         filled = 0
         while filled < len(window):
-            length = self._starts[chunk + 1] - self._starts[chunk]
-            part = self._chunks[chunk][at : min(length, at + len(window) - filled)]
+            part = self._chunks[chunk][at : at + len(window) - filled]
             window[filled : filled + len(part)] = part
             filled += len(part)
             chunk, at = (chunk + 1) % len(self._chunks), 0

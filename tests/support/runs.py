@@ -115,9 +115,9 @@ class LoggedStream:
     def __len__(self):
         return len(self.stream)
 
-    def windows(self, offsets, lengths, block_size):
-        os.write(self.descriptor, (" ".join(map(str, offsets.tolist())) + "\n").encode())
-        return self.stream.windows(offsets, lengths, block_size)
+    def batch(self, windows, block_size):
+        os.write(self.descriptor, (" ".join(map(str, windows.offsets.tolist())) + "\n").encode())
+        return self.stream.batch(windows, block_size)
 
 
 class RunHooks(Hooks):
