@@ -5,8 +5,6 @@ Each command is a process of its own, which sees nothing but files.
 
 import json
 import os
-import runpy
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from modeling_nanogpt import NanoGPTConfig, NanoGPTForCausalLM
-from support.forks import fork
-from support.runs import call, finish
+from support.commands import command
 from support.texts import write_words
 from support.tiny_run import TINY, write_recipe
 from tokenization.vocabularies import named_tokenizer
@@ -173,19 +170,6 @@ NOT_FOR_NANOGPT = {  # what nanoGPT itself cannot compute, and what the refusal 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Commands
-
-
-def run_module(name: str, argv: list[str]) -> None:
-    sys.argv = [name, *argv]
-    runpy.run_module(name, run_name="__main__", alter_sys=True)
-
-
-def command(folder: Path, name: str, *argv) -> tuple[int, list[str]]:
-    """The exit status of a command, and what it said, line by line."""
-    log = folder / "log"
-    log.unlink(missing_ok=True)
-    (status,) = finish(fork(call, run_module, (name, [str(each) for each in argv]), str(log), {}), seconds=100)
-    return status, log.read_text().splitlines() if log.exists() else []
 
 
 def convert(folder: Path, to: str) -> tuple[int, list[str]]:

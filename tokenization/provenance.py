@@ -9,7 +9,8 @@ from .corpora import Unreached, fingerprint_files, is_address, open_corpus
 
 RECORD = "prepared.json"
 KNOWN = {"sha256", "tokenizer", "vocab_size_asked", "tokens"}
-COMPARED = ("val_fraction", "text_column", "corpus_config", "corpus_split", "val_split")  # if the record has them
+# if the record has them
+COMPARED = ("val_fraction", "text_column", "document_separator", "corpus_config", "corpus_split", "val_split")
 
 
 def read_record(data_dir: Path) -> dict:
@@ -54,6 +55,7 @@ def check_record(record: dict, arguments: DataArguments) -> None:
     asked = {flag: getattr(arguments, flag) for flag in COMPARED}
     if arguments.tokenizer == "bpe":
         asked["vocab_size_asked"] = arguments.vocab_size
+    record = {"document_separator": ""} | record  # it is not recorded if it is empty
     for key in asked:
         if record.get(key, asked[key]) != asked[key]:
             flag = key.removesuffix("_asked")

@@ -48,7 +48,38 @@ def load_tokenizer(name: str, flag: str = "tokenizer", revision: str | None = No
         raise ValueError(f"{flag}={name} has no tokenizer.json, nor what one can be made from")
     if max(tokenizer.get_vocab().values(), default=-1) >= len(tokenizer):
         raise ValueError(f"{flag}={name} has {len(tokenizer)} tokens, but ids beyond that number")
-    return tokenizer
+    plain = plain_tokenizer(tokenizer)
+    if flag == "tokenizer" and tokenizer.num_special_tokens_to_add():
+        added = " ".join(tokenizer.convert_ids_to_tokens(tokenizer("").input_ids))
+        print(f"tokenizer={name} puts {added} around a text: left out, in training as in prompts", file=sys.stderr)
+    return plain
+
+
+def plain_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The tokenizer as training uses it, so that a prompt gets ids as training has seen them: those of its text.
+
+    It adds no token to a text and has no token_type_ids. A document in the data begins behind the end-of-text token of
+    the one before, so this token also begins a text.
+    """
+    end, names = tokenizer.eos_token, ["input_ids", "attention_mask"]
+    adds = tokenizer.num_special_tokens_to_add()
+    if not adds and tokenizer.model_input_names == names and end in (None, tokenizer.bos_token):
+        return tokenizer
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.post_processor = (
+        None  # it adds tokens, or moves the borders of tokens in the text, which nothing here uses
+    )
+    special = {key: token for key, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    plain = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        **special | ({"bos_token": end} if end else {}),
+        padding_side="left",  # a batch of prompts is continued on its right
+        model_max_length=tokenizer.model_max_length,
+        model_input_names=names,
+        clean_up_tokenization_spaces=tokenizer.clean_up_tokenization_spaces,
+    )
+    plain.name_or_path, plain.chat_template = tokenizer.name_or_path, tokenizer.chat_template
+    return plain
 
 
 def same_tokenizer(first: PreTrainedTokenizerFast, second: PreTrainedTokenizerFast) -> bool:
