@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     ContinuousBatchingConfig,
+    DataCollatorForLanguageModeling,
     GenerationConfig,
     Trainer,
     TrainingArguments,
@@ -243,6 +244,30 @@ def test_trainer_smooths_the_label_of_the_next_token(tmp_path, adapted, prompt):
         loss = trainer.compute_loss(model, dict(batch))
     expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), label_smoothing=0.2)
     assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("spare", [0, 5], ids=["a full vocabulary", "rows to spare"])
+def test_a_padding_token_of_its_own_leaves_the_ends_of_texts_to_be_learned(run, tmp_path, spare):
+    # the steps of docs/clients.md
+    tokenizer = load(run)[1]
+    model = make_model(vocab_size=len(tokenizer) + spare, block_size=16)
+    ids = torch.arange(8)[None]
+    before = model(ids).logits[..., : len(tokenizer)]
+    end, count = tokenizer.eos_token_id, len(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    if tokenizer.pad_token_id >= model.config.vocab_size:
+        model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
+    assert tokenizer.pad_token_id == count < model.config.vocab_size and tokenizer.eos_token_id == end
+    assert_close(model(ids).logits[..., :count], before)
+
+    batch = DataCollatorForLanguageModeling(tokenizer, mlm=False)(
+        [tokenizer(text + tokenizer.eos_token) for text in ("to be", "or not to be")]
+    )
+    ends, padding = batch["input_ids"] == end, batch["input_ids"] == tokenizer.pad_token_id
+    assert ends.sum() == 2 and padding.any()
+    assert (batch["labels"][ends] == end).all() and (batch["labels"][padding] == -100).all()
+    loss = make_trainer(model, tmp_path, []).compute_loss(model, dict(batch))
+    assert loss.isfinite()
 
 
 def test_what_cannot_be_predicted_is_not_learned_with_smoothed_labels(tmp_path):
