@@ -57,13 +57,13 @@ def config_from_nanogpt(model_args: dict, weights: StateDict) -> NanoGPTConfig:
         "bias": "transformer.ln_f.bias" in weights,
     }
     for key, value in facts.items():
-        if model_args.get(key, value) != value:
+        if model_args.get(key) not in (None, value):
             raise ValueError(f"its model_args have {key}={str(model_args[key])[:40]}, but its weights {key}={value}")
     return NanoGPTConfig(
         **facts,
         n_head=model_args["n_head"],
         intermediate_size=hidden.shape[0],
-        dropout=model_args.get("dropout", 0.0),
+        dropout=model_args.get("dropout") or 0.0,
         # Until January 2023, nanoGPT had no flag `bias`: each model had biases, and GPT-2's approximation of GELU.
         activation_function="gelu_new" if facts["bias"] and "bias" not in model_args else "gelu",
         tie_word_embeddings=is_tied(weights),

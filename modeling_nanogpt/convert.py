@@ -71,7 +71,7 @@ def convert(source: str, destination: Path, to: str, tokenizer: str | None, revi
 
     `tokenizer` is a folder or Hub id, by default the source. A ckpt.pt of nanoGPT has no tokenizer and gets none.
     """
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+    if os.path.exists(destination) and (not destination.is_dir() or any(destination.iterdir())):
         raise ValueError(f"{destination} is there already and not empty: name a new folder")
     opened = open_source(source, revision)
     chosen = None
@@ -89,13 +89,13 @@ def convert(source: str, destination: Path, to: str, tokenizer: str | None, revi
             else:
                 write_nanogpt(folder, config, weights, chosen)
     except OSError as error:
-        raise ValueError(f"{destination} cannot be written ({error}): name another folder") from None
+        raise ValueError(f"{destination} cannot be written ({error.strerror}): name another folder") from None
 
 
 def choose_tokenizer(source: Source, name: str | None, revision: str | None) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or Hub id, or else the source's own; raises ValueError if the model cannot use it."""
     if name is not None:
-        if Path(name).is_file():
+        if os.path.isfile(name):
             raise ValueError(f"--tokenizer={name} is a file, but it must be a folder or a Hub id: {MAKE_A_FOLDER}")
         revision = None  # --revision is the source's
     elif source.carries_tokenizer:

@@ -3,6 +3,7 @@
 Opening a source reads its configuration alone, so a mistake shows before any weight is loaded.
 """
 
+import os
 import pickle
 import zipfile
 from collections.abc import Callable
@@ -79,13 +80,12 @@ def open_source(name: str, revision: str | None = None) -> Source:
 
     `revision` is the branch, tag or commit of a Hub id. Raises ValueError if this is not a model that we know.
     """
-    path = Path(name)
-    if revision and path.exists():
+    # os.path says no to a name that is too long for a file; Path raises an error
+    if revision and os.path.exists(name):
         raise ValueError(f"{name} is on this machine, but revision={revision} is for a Hub id: leave out --revision")
-    if path.is_dir() and (path / "ckpt.pt").is_file():
-        path = path / "ckpt.pt"
+    path = Path(name, "ckpt.pt") if os.path.isfile(os.path.join(name, "ckpt.pt")) else Path(name)
     try:
-        return open_ckpt(name, path) if path.is_file() else open_pretrained(name, revision)
+        return open_ckpt(name, path) if os.path.isfile(path) else open_pretrained(name, revision)
     except StrictDataclassError as error:
         raise ValueError(f"{name}: {first_line(error)}") from None
 

@@ -318,6 +318,28 @@ REFUSED = {
 }
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("modeling_nanogpt.sample", ["LONG"]),
+        ("modeling_nanogpt.convert", ["LONG", "new"]),
+        ("modeling_nanogpt.convert", ["source", "LONG"]),
+        ("modeling_nanogpt.convert", ["source", "new", "--tokenizer=LONG"]),
+        ("train_accelerate", ["--init_from=LONG", "--data_dir=data", "--out_dir=new"]),
+        ("tokenization.prepare", ["--tokenizer=LONG", "--data_dir=new"]),
+    ],
+)
+@pytest.mark.parametrize("long", ["x" * 5000, "x/" * 3000 + "y"], ids=["a word", "a path"])
+def test_a_name_that_is_too_long_for_a_file_is_one_line(folder, name, arguments, long, monkeypatch):
+    monkeypatch.chdir(folder)
+    plain_ckpt(folder / "source")
+    (folder / "words.txt").write_text("to be or not to be")
+    corpus = [] if "convert" in name or "sample" in name else ["--corpus=words.txt"]
+    status, said = command(folder, name, *(argument.replace("LONG", long) for argument in arguments), *corpus)
+    assert status in (1, 2) and ": error: " in said[-1] and not any(line.startswith("Traceback") for line in said)
+    assert not (folder / "new").exists()
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_kept_is_refused_in_one_line(folder, case):
     door, write, expected = REFUSED[case]

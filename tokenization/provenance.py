@@ -1,6 +1,7 @@
 """prepared.json: what a data_dir was made from, and whether that is what the flags ask for."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -37,7 +38,9 @@ def fingerprint_of(name: str) -> str | None:
     path = Path(name)
     if name in ("char", "bpe", "gpt2"):
         return None
-    files = [path] if path.is_file() else sorted(path.glob("*token*")) + sorted(path.glob("vocab*"))
+    files = [path] if os.path.isfile(path) else []
+    if os.path.isdir(path):
+        files = sorted(path.glob("*token*")) + sorted(path.glob("vocab*"))
     return fingerprint_files(files) if files else None
 
 

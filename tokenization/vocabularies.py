@@ -3,6 +3,7 @@
 Each is an ordinary fast tokenizer, which AutoTokenizer loads with no code of ours.
 """
 
+import os
 import re
 import sys
 from collections import Counter
@@ -29,7 +30,7 @@ def named_tokenizer(name: str) -> PreTrainedTokenizerFast:
     """The tokenizer that a flag names, if it is not made from the corpus. Raises ValueError if it cannot be had."""
     if name == "gpt2":
         return make_gpt2_tokenizer()
-    if Path(name).is_file():
+    if os.path.isfile(name):  # Path raises an error if the name is too long for a file
         return read_char_tokenizer(Path(name))
     return load_tokenizer(name)
 
