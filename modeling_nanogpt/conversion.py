@@ -5,6 +5,8 @@ matrices of a block transposed (Conv1D), always has biases, and leaves `transfor
 Old files of both also hold causal masks. Every map returns a new dictionary and does not change its arguments.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from transformers import GPT2Config
@@ -49,7 +51,7 @@ def config_from_nanogpt(model_args: dict, weights: StateDict) -> NanoGPTConfig:
             raise ValueError(f"it has no matrix {name}")
 
     embedding, positions, hidden = (weights[name] for name in matrices)
-    facts = {
+    facts: dict[str, Any] = {
         "vocab_size": embedding.shape[0],
         "n_embd": embedding.shape[1],
         "block_size": positions.shape[0],

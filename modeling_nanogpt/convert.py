@@ -109,6 +109,13 @@ def choose_tokenizer(source: Source, name: str | None, revision: str | None) -> 
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"{name} holds no tokenizer ({first_line(error)}): name another by --tokenizer") from None
+    if not source.carries_tokenizer and tokenizer.num_special_tokens_to_add():
+        added = " ".join(tokenizer.convert_ids_to_tokens(tokenizer("").input_ids))
+        print(
+            f"{name} puts {added} around a text, and nanoGPT does not: `python -m tokenization.prepare "
+            f"--corpus=input.txt --tokenizer={name} --data_dir=data/mine` makes a tokenizer that does not either",
+            file=sys.stderr,
+        )
     if len(tokenizer) > source.config.vocab_size:
         raise ValueError(
             f"{name} has {len(tokenizer)} tokens, but {source.name} was trained on {source.config.vocab_size} at "

@@ -45,7 +45,7 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 NUMPY_NUMBERS: list[Any] = [
     np.dtype,
     *{type(np.dtype(kind)) for kind in "?bhilqBHILQefd"},
-    *((np._core.multiarray.scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *((np.float64().__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
 ]
 
 

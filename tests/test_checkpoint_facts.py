@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from modeling_nanogpt import NanoGPTConfig, NanoGPTForCausalLM
+from support.checkpoints import write_ckpt
 from support.commands import command
 from support.texts import write_words
 from support.tiny_run import TINY, write_recipe
@@ -48,14 +49,6 @@ def logits(model) -> torch.Tensor:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Kinds of checkpoints. Each function writes one into a folder and returns the model that it is.
-
-
-def write_ckpt(folder: Path, model, without=(), weights=None, legacy=False, args=None, **more) -> None:
-    """A file as nanoGPT's train.py saves it, or as one of its forks does."""
-    names = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
-    model_args = {name: getattr(model.config, name) for name in names if name not in without} | (args or {})
-    content = {"model": weights or model.state_dict(), "model_args": model_args, "optimizer": {}, "iter_num": 7} | more
-    torch.save(content, folder / "ckpt.pt", _use_new_zipfile_serialization=not legacy)
 
 
 def change_config(folder: Path, **changes) -> None:

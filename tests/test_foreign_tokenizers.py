@@ -7,6 +7,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertTokenizer, PreTrainedTokenizerFast
 
+from modeling_nanogpt import NanoGPTConfig, NanoGPTForCausalLM
+from support.checkpoints import write_ckpt
 from support.commands import command
 from support.data_dirs import prepare_flags, stored_ids
 from support.prepare_command import Command, lines_of
@@ -105,6 +107,18 @@ def test_a_prompt_gets_the_ids_that_training_has_seen(tmp_path, kind):
     going_on |= {"out_dir": tmp_path / "more"} | dict.fromkeys(("block_size", "n_layer", "n_head", "n_embd"), "")
     status, said = command(tmp_path, "train_accelerate", write_recipe(tmp_path / "more.yaml", **going_on))
     assert status == 0, said
+
+
+@pytest.mark.parametrize(("single", "added"), [("<s> $A", "<s>"), ("$A", "")])
+def test_converting_nanogpts_checkpoint_names_what_a_tokenizer_adds(tmp_path, single, added):
+    byte_level(tmp_path / "tokenizer", template(single))
+    write_ckpt(
+        tmp_path, NanoGPTForCausalLM(NanoGPTConfig(vocab_size=320, block_size=8, n_layer=1, n_head=2, n_embd=8))
+    )
+    arguments = tmp_path / "ckpt.pt", tmp_path / "new", "--tokenizer", tmp_path / "tokenizer"
+    status, said = command(tmp_path, "modeling_nanogpt.convert", *arguments)
+    about = [line for line in said if "around a text" in line]
+    assert status == 0 and len(about) == bool(added) and all(f"puts {added} around" in line for line in about)
 
 
 def test_a_prompt_without_a_token_is_one_line(tmp_path):
