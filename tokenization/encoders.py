@@ -142,9 +142,8 @@ class TiktokenEncoder:
 class GigatokenEncoder(TiktokenEncoder):
     """Byte-level BPE, by gigatoken, ten times as fast: it remembers the words that it has seen."""
 
-    def __init__(self, words: str, ranks: dict[bytes, int], tokenizer: Tokenizer):
+    def __init__(self, words: str, ranks: dict[bytes, int], tokenizer: Tokenizer, spec: dict):
         super().__init__(words, ranks, tokenizer)
-        spec = json.loads(tokenizer.to_str())
         spec["added_tokens"] = []  # text that spells one stays text
         if self.cuts:  # gigatoken knows GPT-2's words by this name
             spec["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
@@ -192,7 +191,7 @@ def make_encoder(tokenizer: Tokenizer, fastest: bool = True) -> Encoder:
             ranks = ranks_of(model, {token["content"] for token in spec["added_tokens"]})
             if ranks and fastest:
                 try:
-                    return GigatokenEncoder(words, ranks, tokenizer)
+                    return GigatokenEncoder(words, ranks, tokenizer, spec)
                 except (ImportError, RuntimeError):  # it is not installed, or knows no such pattern
                     pass
             if ranks:
