@@ -25,9 +25,9 @@ from .optimization import Schedule, make_optimizer
 from .sources import build_model
 
 
-def start_model(kind: str, folder: str) -> nn.Module:
+def start_model(kind: str, folder: str, dropout: float) -> nn.Module:
     """The model in a folder, or a GPT2LMHeadModel that computes the same."""
-    model = NanoGPTForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = NanoGPTForCausalLM.from_pretrained(folder, dropout=dropout, dtype=torch.float32)
     if kind == "ours":
         return model
     config, size = model.config, model.config.vocab_size
@@ -46,7 +46,7 @@ def train(settings: dict) -> dict:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
-    model = start_model(settings["model"], settings["start"]).to(device).train()
+    model = start_model(settings["model"], settings["start"], flags.dropout).to(device).train()
     dtype = getattr(torch, settings["dtype"])
     autocast = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
     optimizer = make_optimizer(

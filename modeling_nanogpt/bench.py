@@ -1,7 +1,7 @@
 """Time training steps and samples beside nanoGPT's own programs and beside bare PyTorch loops, in one run.
 
     python -m modeling_nanogpt.bench train hub_configs/shakespeare_char_cpu.yaml --nanogpt CHECKOUT
-    python -m modeling_nanogpt.bench sample out/quickstart --nanogpt CHECKOUT --also "--stride 1"
+    python -m modeling_nanogpt.bench sample out/quickstart --nanogpt CHECKOUT --also="--stride 1"
 
 Peers take turns, each in a process of its own. Ours and nanoGPT's run as a user runs them. `train` first trains all
 peers from the same weights on the same window, and compares their losses. One loop is over our model, and shows what
@@ -198,7 +198,7 @@ class Training:
         """
         window, start = self.folder / "nanogpt" / "data" / "window", self.folder / "start"
         ours = [f"--corpus={window}", f"--tokenizer={start}", f"--data_dir={self.folder / 'one-window'}"]
-        ours += [f"--init_from={start}", "--dropout=0"]
+        ours += [f"--init_from={start}", "--dropout=0", f"--lr_decay_iters={self.recipe['lr_decay_iters']}"]
         float32 = {"data": "window", "steps": CHECKED, "dtype": "float32", "compiles": False}
         self.recipe["dropout"], dropout = 0.0, self.recipe["dropout"]
         expected = self.ours(*ours, "--dtype=float32", "--compile=false", steps=CHECKED, every=1)["losses"]
@@ -320,6 +320,8 @@ def show(report: dict) -> None:
 
 
 def main(arguments: argparse.Namespace) -> None:
+    if not Path(arguments.subject).exists():
+        parser.error(f"{arguments.subject} is not there: name a recipe, or the folder of a model")
     common = {"also": arguments.also, "nanogpt": arguments.nanogpt, "rounds": arguments.rounds}
     try:
         if arguments.what == "train":
