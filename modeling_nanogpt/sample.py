@@ -59,44 +59,45 @@ if __name__ == "__main__":
 from collections.abc import Iterator
 
 import torch
-from safetensors import SafetensorError
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TextStreamer,
-    set_seed,
-)
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
 from transformers.utils import logging
 
-from . import registration  # noqa: F401  the auto classes know our model from here on
 from .decoding import continue_prompt
-from .sources import first_line
+from .sources import first_line, load_model
 
 SEPARATOR = "-" * 15
 
 
 def load(name: str, revision: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model and the tokenizer of a folder or Hub id; raises ValueError if one of them is missing or damaged."""
+    """The model and the tokenizer of a folder or Hub id.
+
+    Raises ValueError if one of them is missing or damaged, or if the model has diverged.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(name, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise ValueError(
             f"{name} is not a folder or Hub id with a model and its tokenizer ({first_line(error)})"
         ) from None
-    return model.eval(), tokenizer
+    model = load_model(name, revision).eval()
+    for parameter, weights in model.named_parameters():
+        if not weights.isfinite().all():
+            raise ValueError(f"{name} has diverged in training: {parameter} is not finite; take an earlier checkpoint")
+    return model, tokenizer
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> torch.Tensor:
-    """The ids (1, T) of a prompt; raises ValueError if the tokenizer has no token for a character of the prompt."""
+    """The ids (1, T) of a prompt, at least one; raises ValueError if the tokenizer does not know its characters."""
     try:
-        return tokenizer(prompt, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids
+        ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids
     except Exception as error:  # the library raises its plainest class for a character without a token
         raise ValueError(
             f"--prompt has a character that the tokenizer does not know ({first_line(error)}): leave it out"
         ) from None
+    if not ids.numel():
+        raise ValueError(f"--prompt={prompt[:40]!r} has no token in this tokenizer: give it words that it knows")
+    return ids
 
 
 def main(arguments: argparse.Namespace) -> None:
