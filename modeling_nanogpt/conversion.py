@@ -50,6 +50,10 @@ def config_from_nanogpt(model_args: dict, weights: StateDict) -> NanoGPTConfig:
         if name not in weights or weights[name].ndim != 2:
             raise ValueError(f"it has no matrix {name}")
 
+    for name, tensor in weights.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"its weight {name} is {tensor.dtype}, but a weight must be a floating-point number")
+
     embedding, positions, hidden = (weights[name] for name in matrices)
     facts: dict[str, Any] = {
         "vocab_size": embedding.shape[0],

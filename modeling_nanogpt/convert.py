@@ -107,7 +107,7 @@ def choose_tokenizer(source: Source, name: str | None, revision: str | None) -> 
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of the Hub, of a broken file, of what a tokenizer_config.json asks for
         raise ValueError(f"{name} holds no tokenizer ({first_line(error)}): name another by --tokenizer") from None
     if not source.carries_tokenizer and tokenizer.num_special_tokens_to_add():
         added = " ".join(tokenizer.convert_ids_to_tokens(tokenizer("").input_ids))

@@ -28,6 +28,7 @@ from transformers.utils import logging
 from . import registration  # noqa: F401  the auto classes know our model from here on
 from .configuration_nanogpt import NanoGPTConfig
 from .conversion import (
+    BUFFERS,
     StateDict,
     config_from_gpt2,
     config_from_nanogpt,
@@ -47,6 +48,13 @@ NUMPY_NUMBERS: list[Any] = [
     *{type(np.dtype(kind)) for kind in "?bhilqBHILQefd"},
     *((np.float64().__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
 ]
+
+# Masks and positions, which are computed, in the files of older releases: of GPT-2 and of models that sample may load.
+OLD_BUFFERS = (*BUFFERS, ".attention.bias", ".attention.masked_bias", ".inv_freq", ".position_ids")
+
+
+class Misfit(ValueError):
+    """Weights that are not those which a configuration asks for."""
 
 
 @dataclass(frozen=True)
@@ -184,6 +192,8 @@ def load_model(name: str, revision: str | None = None, config: PreTrainedConfig 
         return load_exactly(
             AutoModelForCausalLM, name, revision=revision, config=config, dtype="auto", trust_remote_code=False
         )
+    except Misfit as mistake:
+        raise ValueError(f"{name}: {mistake}") from None
     except pickle.UnpicklingError:
         reason = "torch does not load them: the file is damaged, or holds code, which is not run"
     except (OSError, ValueError, RuntimeError, EOFError, SafetensorError, StrictDataclassError) as error:
@@ -197,7 +207,7 @@ def build_model(model_class: type[Model], config: PreTrainedConfig, weights: Sta
 
 
 def load_exactly(model_class: Any, name: str | None, **options) -> Any:
-    """from_pretrained of a class. Raises ValueError if weights are missing, left over or of another shape.
+    """from_pretrained of a class. Raises Misfit if weights are missing, left over or of another shape.
 
     transformers draws a weight that is missing at random, ignores one that is left over, and goes on.
     """
@@ -209,9 +219,10 @@ def load_exactly(model_class: Any, name: str | None, **options) -> Any:
         )
     finally:
         logging.set_verbosity(verbosity)
-    wrong = {*report["missing_keys"], *report["unexpected_keys"], *(key for key, *_ in report["mismatched_keys"])}
+    wrong = {key for key in report["unexpected_keys"] if not key.endswith(OLD_BUFFERS)}
+    wrong |= {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
     if wrong:
-        raise ValueError(
+        raise Misfit(
             f"the weights do not fit the configuration ({some_of(sorted(wrong))}): fetch or save the model again"
         )
     return model

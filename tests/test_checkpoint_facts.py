@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from modeling_nanogpt import NanoGPTConfig, NanoGPTForCausalLM
@@ -142,13 +143,44 @@ def untied_gpt2_that_says_tied(folder):
     return model
 
 
+def folder_with_a_copy_of_the_head(folder):
+    """As some models on the Hub have it: tied, and both names in the file."""
+    model = ours()
+    model.save_pretrained(folder)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return model
+
+
+def folder_of_several_files(folder):
+    model = ours()
+    model.save_pretrained(folder, max_shard_size="50KB")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    return model
+
+
+def gpt2_of_an_old_release(folder):
+    """Pickled, by the names of the bare model, with the masks that transformers once saved."""
+    model = gpt2()
+    model.config.save_pretrained(folder)
+    weights = {name.removeprefix("transformer."): tensor for name, tensor in model.state_dict().items()}
+    del weights["lm_head.weight"]
+    for layer in range(2):
+        weights |= {
+            f"h.{layer}.attn.bias": torch.ones(1, 1, 16, 16).tril(),
+            f"h.{layer}.attn.masked_bias": torch.tensor(-1e4),
+        }
+    torch.save(weights, folder / "pytorch_model.bin")
+    return model
+
+
 KINDS = {
     function.__name__: function
     for function in (
         *(plain_ckpt, untied_ckpt, copied_head_ckpt, ckpt_of_january_2023, ckpt_without_biases_and_without_the_flag),
         *(ckpt_of_another_width, ckpt_of_an_old_torch, ckpt_with_numpy_numbers, ckpt_of_two_precisions),
         *(ckpt_with_switches_of_a_fork_that_are_off, untied_folder, untied_folder_that_says_tied),
-        untied_gpt2_that_says_tied,
+        *(untied_gpt2_that_says_tied, folder_with_a_copy_of_the_head, folder_of_several_files, gpt2_of_an_old_release),
     )
 }
 NOT_FOR_NANOGPT = {  # what nanoGPT itself cannot compute, and what the refusal names
@@ -156,6 +188,7 @@ NOT_FOR_NANOGPT = {  # what nanoGPT itself cannot compute, and what the refusal 
     "untied_folder": "tie_word_embeddings",
     "untied_folder_that_says_tied": "tie_word_embeddings",
     "untied_gpt2_that_says_tied": "activation_function",
+    "gpt2_of_an_old_release": "activation_function",
     "ckpt_of_january_2023": "activation_function",
     "ckpt_of_another_width": "intermediate_size",
 }
@@ -166,7 +199,8 @@ NOT_FOR_NANOGPT = {  # what nanoGPT itself cannot compute, and what the refusal 
 
 
 def convert(folder: Path, to: str) -> tuple[int, list[str]]:
-    tokenizer = [] if to == "ckpt" else ["--tokenizer", folder / "tokens"]
+    carries_tokenizer = (folder / "source" / "tokenizer.json").exists()
+    tokenizer = [] if to == "ckpt" or carries_tokenizer else ["--tokenizer", folder / "tokens"]
     return command(folder, "modeling_nanogpt.convert", folder / "source", folder / "result", "--to", to, *tokenizer)
 
 
@@ -268,6 +302,17 @@ def save_bin(folder: Path, content: object) -> None:
         torch.save(content, folder / "pytorch_model.bin")
 
 
+def save_with_prefix(folder: Path, prefix: str) -> None:
+    ours().save_pretrained(folder)
+    weights = {prefix + name: tensor.clone() for name, tensor in ours().state_dict().items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def save_with_broken(folder: Path, name: str) -> None:
+    ours().save_pretrained(folder)
+    (folder / "BROKEN").write_text(name)
+
+
 FOLDERS = {  # of transformers' kind: what is wrong, and what the one line says
     "a layer is missing": (lambda folder: save_with(folder, n_layer=3), "transformer.h.2"),
     "a layer is left over": (lambda folder: save_with(folder, n_layer=1), "transformer.h.1"),
@@ -278,6 +323,9 @@ FOLDERS = {  # of transformers' kind: what is wrong, and what the one line says
     "code": (lambda folder: save_bin(folder, {"x": Code(folder / "ran")}), "code, which is not run"),
     "no pickle": (lambda folder: save_bin(folder, b"nonsense"), "damaged"),
     "an empty file": (lambda folder: save_bin(folder, b""), "EOFError"),
+    "a prefix": (lambda folder: save_with_prefix(folder, "_orig_mod."), "_orig_mod.transformer.h.0"),
+    "a broken tokenizer": (lambda folder: save_with_broken(folder, "tokenizer.json"), "tokenizer"),
+    "broken settings of a tokenizer": (lambda folder: save_with_broken(folder, "tokenizer_config.json"), "tokenizer"),
     "a long name": (lambda folder: save_with(folder, activation_function="x" * 5000), "activation_function"),
 }
 CKPTS = {  # nanoGPT's
@@ -288,6 +336,12 @@ CKPTS = {  # nanoGPT's
     "biases": (lambda folder: write_ckpt(folder, ours(bias=False), args={"bias": True}), "bias=True"),
     "no heads": (lambda folder: write_ckpt(folder, ours(), without=("n_head",)), "n_head"),
     "heads of text": (lambda folder: write_ckpt(folder, ours(), args={"n_head": "x" * 5000}), "n_head"),
+    "integers": (
+        lambda folder: write_ckpt(
+            folder, ours(), weights={name: tensor.char() for name, tensor in ours().state_dict().items()}
+        ),
+        "torch.int8",
+    ),
     "no weights": (lambda folder: write_ckpt(folder, ours(), weights={"a": 1}), "model"),
     "a tensor": (lambda folder: write_ckpt(folder, ours(), weights={"a": torch.ones(2)}), "transformer.wte.weight"),
     "a vector": (
@@ -340,6 +394,8 @@ def test_what_cannot_be_kept_is_refused_in_one_line(folder, case):
     write(source)
     if (source / "config.json").exists():
         named_tokenizer(str(folder / "letters.txt")).save_pretrained(source)
+    if (source / "BROKEN").exists():
+        (source / (source / "BROKEN").read_text()).write_text("[]")
     status, said = door(folder, "nanogpt") if door is convert else door(folder)
     said = [line for line in said if not line.endswith("state is left out")]
     errors = [line for line in said if ": error: " in line]
