@@ -84,8 +84,13 @@ def load(name: str, revision: str | None) -> tuple[PreTrainedModel, PreTrainedTo
     return model, tokenizer
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> torch.Tensor:
-    """The ids (1, T) of a prompt, at least one; raises ValueError if the tokenizer does not know its characters."""
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: str | None) -> torch.Tensor:
+    """The ids (1, T) of a prompt, at least one; without a prompt, those with which a text may begin.
+
+    Raises ValueError if the tokenizer does not know its characters.
+    """
+    if prompt is None:
+        return torch.tensor([opening(tokenizer)])
     try:
         ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids
     except Exception as error:  # the library raises its plainest class for a character without a token
@@ -102,10 +107,7 @@ def main(arguments: argparse.Namespace) -> None:
     logging.disable_progress_bar()
     try:
         model, tokenizer = load(arguments.model, arguments.revision)
-        # (1, T) int64
-        prompt = (
-            torch.tensor([opening(tokenizer)]) if arguments.prompt is None else encode(tokenizer, arguments.prompt)
-        )
+        prompt = encode(tokenizer, arguments.prompt)  # (1, T)
     except ValueError as mistake:
         parser.error(str(mistake))
     device = torch.accelerator.current_accelerator(check_available=True)

@@ -8,7 +8,15 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, set_seed
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
 from transformers.utils import logging
 
 from modeling_nanogpt import NanoGPTConfig, NanoGPTForCausalLM, sample
@@ -292,6 +300,14 @@ def test_a_prompt_is_read_from_a_file_as_it_is(run, say, tmp_path):
     first, second, rest = said.split(f"\n{SEPARATOR}\n")
     assert first.startswith("to be\tor\r\n\n not  é")
     assert first == second and rest == ""  # the likeliest tokens
+
+
+def test_a_text_without_a_prompt_begins_with_a_newline_or_with_the_end_of_text(run):
+    tokenizer = AutoTokenizer.from_pretrained(run.out_dir)
+    assert tokenizer.decode(sample.encode(tokenizer, None)[0]) == "\n"
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "word": 1, "end": 2}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # a newline has no token
+    assert sample.encode(PreTrainedTokenizerFast(tokenizer_object=words, eos_token="end"), None).tolist() == [[2]]
 
 
 def test_the_seed_repeats_the_samples(run, say):
