@@ -9,7 +9,7 @@ does nanoGPT, and each token is drawn from as many tokens as the model can see.
 from collections.abc import Iterator
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache
 
 from .modeling_nanogpt import CACHE
@@ -57,6 +57,15 @@ def continue_prompt(
         else:
             unread = context = torch.cat([context[:, stride:], token[:, None]], dim=1)
             cache = DynamicCache(config=model.config)
+
+
+def opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids of a newline, or the end-of-text id if no token spells a newline."""
+    try:
+        ids: list[int] = tokenizer("\n", add_special_tokens=False).input_ids
+    except Exception:  # tokenizers raises the base class if the vocabulary lacks a character
+        ids = []
+    return ids or [tokenizer.eos_token_id or 0]
 
 
 def token_sets(settings: GenerationConfig, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

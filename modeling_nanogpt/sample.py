@@ -19,9 +19,7 @@ from .command_line import CommandParser
 parser = CommandParser("modeling_nanogpt.sample", usage="MODEL [--flag VALUE ...]", description=__doc__)
 parser.add_argument("model", metavar="MODEL", help="folder or Hub id of the model")
 parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a Hub id (default: main)")
-parser.add_argument(
-    "--prompt", metavar="TEXT", default="\n", help="text to continue, or FILE:path (default: a newline)"
-)
+parser.add_argument("--prompt", metavar="TEXT", help="text to continue, or FILE:path (default: a newline)")
 parser.add_number("--num_samples", 3, "number of samples", at_least=1)
 parser.add_number("--max_new_tokens", 500, "longest continuation, in tokens", at_least=1)
 parser.add_number("--temperature", 0.8, "randomness of the choice; 0 always takes the likeliest token")
@@ -36,9 +34,9 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse(sys.argv[1:])
     if arguments.revision and Path(arguments.model).exists():
         parser.error(f"--revision={arguments.revision} is for a Hub id, but {arguments.model} is on this machine")
-    if arguments.prompt.startswith("FILE:"):
+    if (arguments.prompt or "").startswith("FILE:"):
         arguments.prompt = read_prompt(Path(arguments.prompt.removeprefix("FILE:")))
-    if not arguments.prompt:
+    if arguments.prompt == "":
         parser.error("--prompt is empty: a model needs at least one token to continue")
     return arguments
 
@@ -62,7 +60,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
 from transformers.utils import logging
 
-from .decoding import continue_prompt
+from .decoding import continue_prompt, opening
 from .sources import first_line, load_model
 
 SEPARATOR = "-" * 15
@@ -104,7 +102,10 @@ def main(arguments: argparse.Namespace) -> None:
     logging.disable_progress_bar()
     try:
         model, tokenizer = load(arguments.model, arguments.revision)
-        prompt = encode(tokenizer, arguments.prompt)  # (1, T)
+        # (1, T) int64
+        prompt = (
+            torch.tensor([opening(tokenizer)]) if arguments.prompt is None else encode(tokenizer, arguments.prompt)
+        )
     except ValueError as mistake:
         parser.error(str(mistake))
     device = torch.accelerator.current_accelerator(check_available=True)

@@ -14,7 +14,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 from transformers import PreTrainedTokenizerBase
 
-from ..decoding import continue_prompt
+from ..decoding import continue_prompt, opening
 from ..modeling_nanogpt import NanoGPTForCausalLM
 from ..throughput import flops_per_token
 from .describing import RunFacts
@@ -190,15 +190,6 @@ def draw_samples(model: NanoGPTForCausalLM, tokenizer: PreTrainedTokenizerBase) 
             row = row[: row.index(tokenizer.eos_token_id)]
         texts.append(str(tokenizer.decode(row)))
     return texts
-
-
-def opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids of a newline, or the end-of-text id if no token spells a newline."""
-    try:
-        ids: list[int] = tokenizer("\n", add_special_tokens=False).input_ids
-    except Exception:  # tokenizers raises the base class if the vocabulary lacks a character
-        ids = []
-    return ids or [tokenizer.eos_token_id or 0]
 
 
 def fence(text: str, language: str = "text") -> str:
