@@ -58,7 +58,7 @@ from .configuration_nanogpt import NanoGPTConfig
 from .conversion import StateDict, config_to_gpt2, config_to_nanogpt, weights_to_gpt2, weights_to_nanogpt
 from .modeling_nanogpt import NanoGPTForCausalLM
 from .optimization import make_optimizer
-from .sources import Source, adopt_tokenizer, build_model, first_line, open_source
+from .sources import Misfit, Source, adopt_tokenizer, build_model, first_line, open_source
 
 MAKE_A_FOLDER = (
     "`python -m tokenization.prepare --corpus=input.txt --tokenizer=input.txt --data_dir=data/mine` makes a tokenizer "
@@ -88,6 +88,8 @@ def convert(source: str, destination: Path, to: str, tokenizer: str | None, revi
                 write_gpt2(folder, config, weights, chosen)
             else:
                 write_nanogpt(folder, config, weights, chosen)
+    except Misfit as mistake:
+        raise ValueError(f"{source}: {mistake}") from None
     except OSError as error:
         raise ValueError(f"{destination} cannot be written ({error.strerror}): name another folder") from None
 

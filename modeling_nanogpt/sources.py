@@ -147,9 +147,13 @@ def open_pretrained(name: str, revision: str | None) -> Source:
         config.use_cache = True  # Trainer turns the cache off for its training, and saves that; generation needs it
         return Source(name=name, config=config, carries_tokenizer=True, weights=read_weights)
     if isinstance(config, GPT2Config):
+        try:
+            ours = config_from_gpt2(config)
+        except ValueError as mistake:
+            raise ValueError(f"{name}: {mistake}") from None
         return Source(
             name=name,
-            config=config_from_gpt2(config),
+            config=ours,
             carries_tokenizer=True,
             weights=lambda: weights_from_gpt2(read_weights()),
         )

@@ -400,6 +400,6 @@ def test_what_cannot_be_kept_is_refused_in_one_line(folder, case):
     said = [line for line in said if not line.endswith("state is left out")]
     errors = [line for line in said if ": error: " in line]
     assert status in (1, 2) and len(errors) == 1 and errors[0] == said[-1], said
-    assert expected in errors[0] and len(errors[0]) < 1000
+    assert expected in errors[0] and str(source) in errors[0] and len(errors[0]) < 1000
     assert not any(line.startswith("Traceback") for line in said)
     assert not (source / "ran").exists() and not (folder / "result").exists()
