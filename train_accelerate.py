@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
+from command_start import begin_command
 from tokenization.arguments import DataArguments, FlagParser, check_bounds, knob
 
 RECIPES = Path(__file__).parent / "hub_configs"
@@ -97,6 +98,7 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Run
 
 if __name__ == "__main__":
     # before the imports below, which take seconds: --help and a mistyped flag are answered at once
+    begin_command("train_accelerate.py")
     ARGUMENTS = parse_arguments(sys.argv[1:])
 
 import itertools

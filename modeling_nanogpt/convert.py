@@ -28,6 +28,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from command_start import begin_command
+
 from .command_line import CommandParser
 
 parser = CommandParser("modeling_nanogpt.convert", usage="SOURCE DESTINATION [--flag VALUE ...]", description=__doc__)
@@ -47,6 +49,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    begin_command(parser.prog)
     arguments = parse_arguments()
 
 import torch

@@ -11,6 +11,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from command_start import begin_command
+
 from .command_line import CommandParser
 
 parser = CommandParser("modeling_nanogpt.sample", usage="MODEL [--flag VALUE ...]", description=__doc__)
@@ -49,6 +51,7 @@ def read_prompt(path: Path) -> str:
 
 
 if __name__ == "__main__":
+    begin_command(parser.prog)
     arguments = parse_arguments()
 
 import torch

@@ -14,6 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from command_start import begin_command
+
 from .arguments import DataArguments, FlagParser, knob
 from .provenance import RECORD, check_length, check_record, read_record
 
@@ -174,4 +176,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    begin_command("python -m tokenization.prepare")
     main()
