@@ -15,8 +15,15 @@ from command_start import begin_command
 
 from .command_line import CommandParser
 
-parser = CommandParser("modeling_nanogpt.sample", usage="MODEL [--flag VALUE ...]", description=__doc__)
-parser.add_argument("model", metavar="MODEL", help="folder or Hub id of the model")
+MODEL = "name the model without a flag"
+NOT_NEEDED = "it is not needed, because the command uses a GPU if the machine has one"
+NANOGPT_FLAGS = {"--start": "use --prompt", "--out_dir": MODEL, "--init_from": MODEL}
+NANOGPT_FLAGS |= dict.fromkeys(["--device", "--dtype", "--compile"], NOT_NEEDED)
+
+parser = CommandParser(
+    "modeling_nanogpt.sample", usage="MODEL [--flag VALUE ...]", description=__doc__, instead=NANOGPT_FLAGS
+)
+parser.add_path("model", metavar="MODEL", help="folder or Hub id of the model")
 parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a Hub id (default: main)")
 parser.add_argument(
     "--prompt", metavar="TEXT", default="\n", help="text to continue, or FILE:path (default: a newline)"
@@ -34,7 +41,7 @@ def parse_arguments() -> argparse.Namespace:
     if arguments.revision and Path(arguments.model).exists():
         parser.error(f"--revision={arguments.revision} is for a Hub id, but {arguments.model} is on this machine")
     if arguments.prompt.startswith("FILE:"):
-        arguments.prompt = read_prompt(Path(arguments.prompt.removeprefix("FILE:")))
+        arguments.prompt = read_prompt(Path(arguments.prompt.removeprefix("FILE:")).expanduser())
     if not arguments.prompt:
         parser.error("--prompt is empty: a model needs at least one token to continue")
     return arguments
@@ -139,7 +146,13 @@ def main(arguments: argparse.Namespace) -> None:
     sampling = {"do_sample": True, "temperature": arguments.temperature, "top_k": arguments.top_k}
     if arguments.temperature == 0:
         sampling = {"do_sample": False}
-    for row in continue_prompt(model, prompts, arguments.max_new_tokens, **sampling).tolist():
+    try:
+        rows = continue_prompt(model, prompts, arguments.max_new_tokens, **sampling).tolist()
+    except RuntimeError as error:
+        if "probability" not in str(error):
+            raise
+        parser.error(f"{arguments.model} predicts nan or inf, so its training has diverged: take an earlier model")
+    for row in rows:
         start, end = prompt.shape[1], len(row)
         if tokenizer.eos_token_id in row[start:]:
             end = row.index(tokenizer.eos_token_id, start)

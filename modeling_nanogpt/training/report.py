@@ -1,6 +1,5 @@
 """What a person sees of a run beside its weights: the model card, samples, the plot of the losses, and the log."""
 
-import json
 import math
 import re
 import subprocess
@@ -16,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..modeling_nanogpt import CACHE
 from ..throughput import flops_per_token
+from .checkpointing import to_json
 from .describing import RunFacts
 
 METRICS = {
@@ -44,7 +44,7 @@ class Report:
         if earlier.is_file():
             card = with_notes(card, notes_of(earlier.read_text(encoding="utf-8")))
         (folder / "README.md").write_text(card, encoding="utf-8")
-        lines = "".join(json.dumps(entry) + "\n" for entry in history)
+        lines = "".join(to_json(entry) + "\n" for entry in history)
         (folder / "history.jsonl").write_text(lines, encoding="utf-8")
         flags = yaml.safe_dump(self.facts.recipe, sort_keys=False, allow_unicode=True)
         (folder / "run.yaml").write_text(flags, encoding="utf-8")
@@ -169,8 +169,9 @@ def draw_samples(
 ) -> list[str]:
     """Three texts that follow a newline, up to 100 tokens each, at temperature 0.8 among the 200 likeliest tokens.
 
-    The model may be wrapped for several processes, if all of them call this. The generator is its own: the same
-    weights give the same texts, and training goes on as if nothing had been drawn.
+    No text if the model has diverged, so that it predicts no numbers. The model may be wrapped for several processes,
+    if all of them call this. The generator is its own: the same weights give the same texts, and training goes on as
+    if nothing had been drawn.
     """
     was_training = model.training
     model.eval()
@@ -182,6 +183,9 @@ def draw_samples(
         while ids.shape[1] < min(block_size, 100):
             output = model(input_ids=new.to(device), cache=cache, use_cache=True)
             logits = output.logits[:, -1, : len(tokenizer)].float().cpu() / 0.8
+            if not logits.isfinite().all():
+                ids = ids[:0]
+                break
             likeliest = logits.topk(min(200, logits.shape[1]))
             choice = torch.multinomial(likeliest.values.softmax(-1), 1, generator=generator)
             new, cache = likeliest.indices.gather(1, choice), output[CACHE]  # (3, 1)
@@ -223,7 +227,7 @@ def plot_losses(path: Path, history: list[dict], step_tokens: int) -> None:
 
     last_step = max(entry["step"] for entry in history)
     points = {  # for each kind of loss, the finite ones
-        key: [(entry["step"], entry[key]) for entry in history if math.isfinite(entry.get(key, math.nan))]
+        key: [(entry["step"], entry[key]) for entry in history if math.isfinite(entry.get(key) or math.nan)]
         for key in ("loss", "eval_train_loss", "val_loss")
     }
     shown = [loss for kind in points.values() for step, loss in kind if step > last_step / 20 or last_step == 0]
