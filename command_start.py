@@ -7,6 +7,7 @@ the same. This file belongs to no room, because the commands of all rooms begin 
 
 import io
 import os
+import signal
 import sys
 from types import TracebackType
 from typing import TextIO
@@ -43,14 +44,22 @@ def begin_command(program: str) -> None:
     """From here on, what the process says cannot stop it, and Ctrl-C ends it with one line and exit status 130."""
     fill_descriptors()
     sys.stdout, sys.stderr = lossy(sys.stdout), lossy(sys.stderr)
+    interrupts = []
+
+    def interrupt(*_):
+        interrupts.append(True)
+        raise KeyboardInterrupt
 
     def end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if not issubclass(kind, KeyboardInterrupt):
+        # a library that is interrupted while it is imported may raise something else
+        if not interrupts and not issubclass(kind, KeyboardInterrupt):
             return sys.__excepthook__(kind, error, trace)
         print(f"\n{program}: interrupted", file=sys.stderr)
         raise SystemExit(130)
 
     sys.excepthook = end
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else this process is to ignore Ctrl-C
+        signal.signal(signal.SIGINT, interrupt)
 
 
 def fill_descriptors() -> None:

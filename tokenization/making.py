@@ -448,7 +448,7 @@ def calm() -> Iterator[None]:
         signal.signal(signal.SIGINT, interrupt)
     try:
         yield
-    except Exception as error:
+    except Exception:
         if interrupted:  # on its way out, `datasets` may raise something else
             raise KeyboardInterrupt from None
         raise
