@@ -90,7 +90,7 @@ def test_the_trainer_stands_on_both_rooms():
 def test_what_commands_begin_with_stands_alone_and_only_commands_use_it():
     assert {name.split(".")[0] for name in modules_used(ROOT / f"{ENTRY}.py")} <= set(sys.stdlib_module_names)
     users = {name_of(path) for path in FILES if ENTRY in modules_used(path)}
-    commands = {name_of(path) for path in FILES if '__name__ == "__main__"' in path.read_text(encoding="utf-8")}
+    commands = {name_of(path) for path in FILES if "\nif __name__ ==" in path.read_text(encoding="utf-8")}
     assert users == commands and len(commands) == 4
 
 

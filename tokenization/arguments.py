@@ -133,7 +133,7 @@ class FlagParser(argparse.ArgumentParser):
         if unknown:
             flag = unknown[0]
             if flag.endswith((".yaml", ".yml")):
-                self.error(f"unexpected {flag!r}: there is one recipe at most, and it stands before all flags")
+                self.error(f"unexpected {flag!r}: at most one recipe stands before the flags, which are --key=value")
             if not flag.startswith("--"):
                 self.error(f"unexpected {flag!r}: flags are written --key=value")
             self.error(self.explain_unknown(flag[2:].split("=")[0]))

@@ -162,8 +162,7 @@ def check_out_dir(out_dir: Path, checkpoint: Path | None, overwrites: bool) -> N
 
     `checkpoint` is what this run goes on from, if anything.
     """
-    for place in (out_dir, out_dir / CHECKPOINTS):  # where saving will write
-        check_writable(place)
+    check_writable(out_dir, out_dir / CHECKPOINTS)  # where saving will write
     if overwrites:
         check_free(out_dir)
     folder = newest_complete(out_dir)
