@@ -113,6 +113,7 @@ def flush_as_windows_does():
         real_fsync(descriptor)
 
     os.open, os.fsync = opened, fsync
+    shutil._use_fd_functions = False  # there, rmtree goes by names
 
 
 def test_a_run_saves_where_only_files_that_may_be_written_can_be_flushed(folder, tmp_path):
