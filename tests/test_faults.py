@@ -126,7 +126,7 @@ def test_a_run_whose_last_save_fails_exits_with_an_error(folder, tmp_path, last)
 
 
 def make_read_only(out_dir):
-    """As when a disk has an error. `remount,ro` of the disk itself would refuse, because the run keeps its lock open."""
+    """As when a disk has an error. A remount of the disk itself would fail, because the run keeps its lock open."""
     subprocess.run(["mount", "--bind", out_dir, out_dir], check=True)
     subprocess.run(["mount", "-o", "remount,bind,ro", out_dir], check=True)
 

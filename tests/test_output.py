@@ -161,3 +161,43 @@ def test_a_signal_that_ends_tee_first_costs_no_checkpoint(number, status, folder
         assert time.monotonic() < deadline
         time.sleep(0.1)
     assert newest_complete(folder / "out") is not None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files are UTF-8, whatever the locale
+
+
+ASCII = "LC_ALL=C PYTHONCOERCECLOCALE=0 PYTHONUTF8=0"
+
+
+def test_a_run_in_an_ascii_locale_writes_utf8(folder, tmp_path):
+    folder = folder.rename(tmp_path / "folder")
+    (folder / "corpus.txt").write_text("Größe, π und 日本語. " * 300, encoding="utf-8")
+    assert shell(f"{ASCII} {' '.join(TRAIN)} recipe.yaml --out_dir=out 2>log", folder).wait(PATIENCE) == 0
+    assert shell(f"{' '.join(TRAIN)} recipe.yaml --data_dir=control --out_dir=utf8 2>log", folder).wait(PATIENCE) == 0
+    for name in ("tokenizer.json", "model.safetensors", "config.json"):
+        assert (folder / "out" / name).read_bytes() == (folder / "utf8" / name).read_bytes()
+    for name in ("README.md", "run.yaml", "history.jsonl"):
+        (folder / "out" / name).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("flag", ["corpus", "data_dir", "out_dir"])
+@pytest.mark.parametrize("by", ["command line", "recipe"])
+def test_a_name_that_the_locale_cannot_spell_is_refused(by, flag, folder):
+    write_recipe(folder / "other.yaml", **{flag: "'donn\\u00e9es'".replace("'", '"')})
+    argv = "other.yaml" if by == "recipe" else f"recipe.yaml --{flag}=données"
+    process = shell(f"{ASCII} {' '.join(TRAIN)} {argv}", folder, stderr=subprocess.PIPE)
+    said = process.communicate(timeout=PATIENCE)[1].decode()
+    assert process.returncode == 2 and said.count("\n") == 1
+    assert flag in said and "PYTHONUTF8=1" in said
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_file_is_opened_in_the_encoding_of_the_locale(command, folder):
+    script, argv, _ = COMMANDS[command]
+    module = script if script.endswith(".py") else f"-m {script}"
+    python = f"{sys.executable} -X warn_default_encoding -W always::EncodingWarning"
+    done = shell(f"{python} {module} {' '.join(argv)}", folder, stderr=subprocess.PIPE, text=True)
+    said = done.communicate(timeout=PATIENCE)[1]
+    assert done.returncode == 0
+    assert not [line for line in said.splitlines() if "EncodingWarning" in line and line.startswith(str(ROOT))]

@@ -257,4 +257,10 @@ def read_path(text: str) -> str:
     path = os.path.expanduser(os.path.expandvars(text))
     if unset := re.search(r"\$(\w+|\{\w+\})", path):
         raise argparse.ArgumentTypeError(f"{text!r}: the environment has no variable {unset[1].strip('{}')}")
+    try:
+        path.encode(), os.fsencode(path)
+    except UnicodeEncodeError:  # Python knows its bytes, but the libraries that write files cannot spell it
+        raise argparse.ArgumentTypeError(
+            f"{path!r} cannot be spelled in UTF-8 or in this locale: set PYTHONUTF8=1, or take a name in ASCII"
+        ) from None
     return path

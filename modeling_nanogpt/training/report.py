@@ -153,7 +153,7 @@ def find_commit() -> str | None:
     commit = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:
         for command in (tracked, commit):
-            git = subprocess.run(command, cwd=here.parent, check=True, capture_output=True, text=True)
+            git = subprocess.run(command, cwd=here.parent, check=True, capture_output=True, encoding="utf-8")
     except (OSError, subprocess.CalledProcessError):
         return None
     return git.stdout.strip()
