@@ -26,6 +26,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import reduce
 from pathlib import Path
 
 from command_start import begin_command
@@ -71,7 +72,7 @@ def convert(source: str, destination: Path, to: str, tokenizer: str | None, revi
 
     `tokenizer` is a folder or Hub id, by default the source. A ckpt.pt of nanoGPT has no tokenizer and gets none.
     """
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+    if os.path.exists(destination) and (not destination.is_dir() or any(destination.iterdir())):
         raise ValueError(f"{destination} is there already and not empty: name a new folder")
     opened = open_source(source, revision)
     chosen = None
@@ -81,20 +82,21 @@ def convert(source: str, destination: Path, to: str, tokenizer: str | None, revi
         print(f"{source}: the optimizer's state is left out", file=sys.stderr)
     try:
         with whole_folder(destination) as folder:
+            config, weights = opened.read()
             if chosen is None:
-                write_ckpt(folder, opened.config, opened.weights())
+                write_ckpt(folder, config, weights)
             elif to == "gpt2":
-                write_gpt2(folder, opened.config, opened.weights(), chosen)
+                write_gpt2(folder, config, weights, chosen)
             else:
-                write_nanogpt(folder, opened.config, opened.weights(), chosen)
+                write_nanogpt(folder, config, weights, chosen)
     except OSError as error:
-        raise ValueError(f"{destination} cannot be written ({error}): name another folder") from None
+        raise ValueError(f"{destination} cannot be written ({error.strerror}): name another folder") from None
 
 
 def choose_tokenizer(source: Source, name: str | None, revision: str | None) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or Hub id, or else the source's own; raises ValueError if the model cannot use it."""
     if name is not None:
-        if Path(name).is_file():
+        if os.path.isfile(name):
             raise ValueError(f"--tokenizer={name} is a file, but it must be a folder or a Hub id: {MAKE_A_FOLDER}")
         revision = None  # --revision is the source's
     elif source.carries_tokenizer:
@@ -108,6 +110,13 @@ def choose_tokenizer(source: Source, name: str | None, revision: str | None) -> 
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"{name} holds no tokenizer ({first_line(error)}): name another by --tokenizer") from None
+    if not source.carries_tokenizer and tokenizer.num_special_tokens_to_add():
+        added = " ".join(tokenizer.convert_ids_to_tokens(tokenizer("").input_ids))
+        print(
+            f"{name} puts {added} around a text, and nanoGPT does not: `python -m tokenization.prepare "
+            f"--corpus=input.txt --tokenizer={name} --data_dir=data/mine` makes a tokenizer that does not either",
+            file=sys.stderr,
+        )
     if len(tokenizer) > source.config.vocab_size:
         raise ValueError(
             f"{name} has {len(tokenizer)} tokens, but {source.name} was trained on {source.config.vocab_size} at "
@@ -167,8 +176,8 @@ def write_ckpt(folder: Path, config: NanoGPTConfig, weights: StateDict) -> None:
 
 
 def dtype_of(weights: StateDict) -> torch.dtype:
-    """The dtype of a model's weights, which is one for all."""
-    return weights["transformer.wte.weight"].dtype
+    """The dtype of a model's weights; if they differ, one that keeps all of them as they are."""
+    return reduce(torch.promote_types, {tensor.dtype for tensor in weights.values()})
 
 
 def main(arguments: argparse.Namespace) -> None:

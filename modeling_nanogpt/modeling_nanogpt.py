@@ -27,6 +27,11 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_nanogpt import NanoGPTConfig
 
+try:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LM_NAMES
+except ImportError:  # a release without this table of model types and the names of their classes
+    CAUSAL_LM_NAMES = {}
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The versions of transformers. Release 5.24 renamed the argument and output `past_key_values` to `cache`. Only this
 # section and the uses of CACHE below depend on that. Once no older release is supported, delete the section, and write
@@ -274,13 +279,15 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
         )
 
     def check_positions(self, position_ids, seen):
-        """Raise ValueError if a position lies beyond block_size.
+        """Raise ValueError if a position lies beyond block_size, and if there is no position at all.
 
         The lookup itself would be an IndexError on a CPU and would end the process on a GPU. There, reading positions
         waits for the device, so it happens only if the cached and the new tokens together exceed block_size.
         """
         if torch.compiler.is_compiling():
             return
+        if not position_ids.numel():
+            raise ValueError("the input has no token: give at least one, for example the token that begins a text")
         too_long = not torch.is_tensor(seen) and seen + position_ids.shape[1] > self.config.block_size
         if (too_long or position_ids.device.type == "cpu") and position_ids.max() >= self.config.block_size:
             raise ValueError(
@@ -335,6 +342,14 @@ class NanoGPTForCausalLM(NanoGPTPreTrainedModel, GenerationMixin):
         self.transformer = NanoGPTModel(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.post_init()
+
+    def _prepare_generated_length(self, generation_config, **others):
+        # generation_config.json has block_size as its max_length, for callers that name no length. max_new_tokens
+        # wins over it in any case; if the limit stayed, transformers would warn at each call that both are set.
+        is_limit = generation_config.max_length == self.generation_config.max_length
+        if generation_config.max_new_tokens is not None and is_limit:
+            generation_config.max_length = None
+        return super()._prepare_generated_length(generation_config=generation_config, **others)
 
     @can_return_tuple  # with return_dict=False, the caller gets a tuple
     def forward(
@@ -391,3 +406,6 @@ class NanoGPTForCausalLM(NanoGPTPreTrainedModel, GenerationMixin):
 
 NanoGPTModel.register_for_auto_class("AutoModel")
 NanoGPTForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+# Trainer computes label smoothing outside of the model. It shifts the labels for the classes in this table, and for
+# any other class it would teach the model in silence to repeat its input.
+CAUSAL_LM_NAMES[NanoGPTConfig.model_type] = NanoGPTForCausalLM.__name__

@@ -3,12 +3,15 @@
     python -m modeling_nanogpt.sample out/quickstart --prompt "def main(" --num_samples 3
     python -m modeling_nanogpt.sample user/my-gpt --prompt FILE:prompt.txt --temperature 0.8 --top_k 50 --seed 7
 
-All samples are generated as one batch. A sample ends with the end-of-text token, or after max_new_tokens.
+All samples are generated as one batch. A sample ends with the end-of-text token, or after max_new_tokens. Past the
+context of the model, half of the context is dropped at once, which is fast; --stride 1 drops one token at a time, as
+nanoGPT does.
 """
 # ruff: noqa: E402 -- the command reads its flags before it imports torch and transformers, which takes seconds
 
 import argparse
 import sys
+import time
 from pathlib import Path
 
 from command_start import begin_command
@@ -32,7 +35,9 @@ parser.add_number("--num_samples", 3, "number of samples", at_least=1)
 parser.add_number("--max_new_tokens", 500, "longest continuation, in tokens", at_least=1)
 parser.add_number("--temperature", 0.8, "randomness of the choice; 0 always takes the likeliest token")
 parser.add_number("--top_k", 200, "number of likeliest tokens to choose from; 0 means all tokens")
+parser.add_number("--stride", 0, "tokens that are dropped at once from a full context; 0 means half of it")
 parser.add_number("--seed", 1337, "seed of the random choices", below=2**32)
+parser.add_argument("--stream", action="store_true", help="print each sample as it comes, one after the other")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -61,73 +66,48 @@ if __name__ == "__main__":
     begin_command(parser.prog)
     arguments = parse_arguments()
 
+from collections.abc import Iterator
+
 import torch
-from safetensors import SafetensorError
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationMixin,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    set_seed,
-)
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
 from transformers.utils import logging
 
-from . import registration  # noqa: F401  the auto classes know our model from here on
-from .sources import first_line
+from .decoding import continue_prompt
+from .sources import first_line, load_model
 
-
-@torch.no_grad()
-def continue_prompt(model: PreTrainedModel, ids: torch.Tensor, max_new_tokens: int, **sampling) -> torch.Tensor:
-    """Prompts (B, T) int64 with up to N = max_new_tokens tokens after them, (B, T + N).
-
-    `sampling` goes to `generate`. A row that ends early is filled up with its end-of-text id.
-
-    The cache is used as long as everything fits into block_size. Positions are learned and absolute, so a window that
-    slides changes every cached key. Beyond block_size, each token is therefore drawn from the last block_size tokens,
-    computed anew, as in nanoGPT.
-    """
-    assert isinstance(model, GenerationMixin)  # as every causal language model is
-    block_size, eos = model.config.max_position_embeddings, model.generation_config.eos_token_id
-    prompt_length = ids.shape[1]
-    room = block_size - prompt_length
-    if room > 0:
-        mask = torch.ones_like(ids)
-        ids = model.generate(ids, attention_mask=mask, max_new_tokens=min(room, max_new_tokens), **sampling)
-    ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-    if eos is not None:
-        ended = (ids[:, prompt_length:] == eos).any(dim=1)  # (B,)
-    while ids.shape[1] < prompt_length + max_new_tokens and not ended.all():
-        window = ids[:, -block_size:]
-        mask = torch.ones_like(window)
-        new = model.generate(window, attention_mask=mask, max_new_tokens=1, use_cache=False, **sampling)[:, -1]  # (B,)
-        if eos is not None:
-            new = new.masked_fill(ended, eos)
-            ended = ended | (new == eos)
-        ids = torch.cat([ids, new[:, None]], dim=1)
-    return ids
+SEPARATOR = "-" * 15
 
 
 def load(name: str, revision: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model and the tokenizer of a folder or Hub id; raises ValueError if one of them is missing or damaged."""
+    """The model and the tokenizer of a folder or Hub id.
+
+    Raises ValueError if one of them is missing or damaged, or if the model has diverged.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(name, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise ValueError(
             f"{name} is not a folder or Hub id with a model and its tokenizer ({first_line(error)})"
         ) from None
-    return model.eval(), tokenizer
+    model = load_model(name, revision).eval()
+    for parameter, weights in model.named_parameters():
+        if not weights.isfinite().all():
+            raise ValueError(f"{name} has diverged in training: {parameter} is not finite; take an earlier checkpoint")
+    return model, tokenizer
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> torch.Tensor:
-    """The ids (1, T) of a prompt; raises ValueError if the tokenizer has no token for a character of the prompt."""
+    """The ids (1, T) of a prompt, at least one; raises ValueError if the tokenizer does not know its characters."""
     try:
-        return tokenizer(prompt, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids
+        ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids
     except Exception as error:  # the library raises its plainest class for a character without a token
         raise ValueError(
             f"--prompt has a character that the tokenizer does not know ({first_line(error)}): leave it out"
         ) from None
+    if not ids.numel():
+        raise ValueError(f"--prompt={prompt[:40]!r} has no token in this tokenizer: give it words that it knows")
+    return ids
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -142,22 +122,52 @@ def main(arguments: argparse.Namespace) -> None:
     if device is not None:
         model.to(device)  # type: ignore[arg-type]  # transformers wraps `to` in a way that mypy cannot follow
     set_seed(arguments.seed)
-    prompts = prompt.expand(arguments.num_samples, -1).to(model.device)  # (B, T)
-    sampling = {"do_sample": True, "temperature": arguments.temperature, "top_k": arguments.top_k}
-    if arguments.temperature == 0:
-        sampling = {"do_sample": False}
+    rows = 1 if arguments.stream else arguments.num_samples
+    started, count = time.perf_counter(), 0
     try:
-        rows = continue_prompt(model, prompts, arguments.max_new_tokens, **sampling).tolist()
+        for _ in range(arguments.num_samples // rows):
+            tokens = continue_prompt(
+                model,
+                prompt.expand(rows, -1).to(model.device),  # (B, T)
+                arguments.max_new_tokens,
+                temperature=arguments.temperature,
+                top_k=arguments.top_k,
+                stride=arguments.stride,
+            )
+            count += rows * (
+                stream(tokenizer, prompt, tokens) if arguments.stream else show(tokenizer, prompt, tokens)
+            )
     except RuntimeError as error:
         if "probability" not in str(error):
             raise
-        parser.error(f"{arguments.model} predicts nan or inf, so its training has diverged: take an earlier model")
+        parser.error(
+            f"{arguments.model} predicts nan or inf, so it has diverged in training: take an earlier checkpoint"
+        )
+    seconds = time.perf_counter() - started
+    print(f"{count:,} tokens in {seconds:.2f} s: {count / seconds:,.0f} tokens/s", file=sys.stderr)
+
+
+def show(tokenizer: PreTrainedTokenizerBase, prompt: torch.Tensor, tokens: Iterator[torch.Tensor]) -> int:
+    """Print all samples once they have ended; returns the number of new tokens in the longest one."""
+    rows = torch.stack(list(tokens), dim=1).tolist()  # (B, N)
     for row in rows:
-        start, end = prompt.shape[1], len(row)
-        if tokenizer.eos_token_id in row[start:]:
-            end = row.index(tokenizer.eos_token_id, start)
-        print(tokenizer.decode(row[:end]))
-        print("-" * 15)
+        end = row.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in row else len(row)
+        print(tokenizer.decode(prompt[0].tolist() + row[:end]))
+        print(SEPARATOR)
+    return len(rows[0])
+
+
+def stream(tokenizer: PreTrainedTokenizerBase, prompt: torch.Tensor, tokens: Iterator[torch.Tensor]) -> int:
+    """Print a sample as it comes, as far as its words are complete; returns the number of new tokens."""
+    printer, count = TextStreamer(tokenizer), 0
+    printer.put(prompt)
+    for token in tokens:
+        count += 1
+        if token.item() != tokenizer.eos_token_id:
+            printer.put(token)
+    printer.end()
+    print(SEPARATOR)
+    return count
 
 
 if __name__ == "__main__":

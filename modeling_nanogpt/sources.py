@@ -3,12 +3,15 @@
 Opening a source reads its configuration alone, so a mistake shows before any weight is loaded.
 """
 
+import os
 import pickle
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
@@ -20,6 +23,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 from . import registration  # noqa: F401  the auto classes know our model from here on
 from .configuration_nanogpt import NanoGPTConfig
@@ -28,12 +32,21 @@ from .conversion import (
     config_from_gpt2,
     config_from_nanogpt,
     crop_positions,
+    is_tied,
+    some_of,
     weights_from_gpt2,
     weights_from_nanogpt,
 )
 from .modeling_nanogpt import NanoGPTForCausalLM
 
 Model = TypeVar("Model", bound=PreTrainedModel)
+
+# Numbers as NumPy pickles them, in versions 1 and 2: they hold no code, and forks of nanoGPT save some.
+NUMPY_NUMBERS: list[Any] = [
+    np.dtype,
+    *{type(np.dtype(kind)) for kind in "?bhilqBHILQefd"},
+    *((np.float64().__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+]
 
 
 @dataclass(frozen=True)
@@ -45,9 +58,17 @@ class Source:
     carries_tokenizer: bool  # nanoGPT's ckpt.pt does not
     weights: Callable[[], StateDict]  # under our names, in their own dtype; ValueError if they cannot be read
 
+    def read(self) -> tuple[NanoGPTConfig, StateDict]:
+        """The configuration and the weights. Whether the head is tied is what the weights say, as in transformers."""
+        weights = self.weights()
+        self.config.tie_word_embeddings = is_tied(weights)
+        return self.config, weights
+
     def model(self, config: NanoGPTConfig) -> NanoGPTForCausalLM:
         """The model in float32. `config` may differ from the source's in dropout, and in a smaller block_size."""
-        weights = crop_positions(self.weights(), config.block_size)
+        theirs, weights = self.read()
+        config.tie_word_embeddings = theirs.tie_word_embeddings
+        weights = crop_positions(weights, config.block_size)
         try:
             return build_model(NanoGPTForCausalLM, config, weights, torch.float32)
         except ValueError as mistake:
@@ -59,21 +80,22 @@ def open_source(name: str, revision: str | None = None) -> Source:
 
     `revision` is the branch, tag or commit of a Hub id. Raises ValueError if this is not a model that we know.
     """
-    path = Path(name)
-    if revision and path.exists():
+    # os.path says no to a name that is too long for a file; Path raises an error
+    if revision and os.path.exists(name):
         raise ValueError(f"{name} is on this machine, but revision={revision} is for a Hub id: leave out --revision")
-    if path.is_dir() and (path / "ckpt.pt").is_file():
-        path = path / "ckpt.pt"
+    path = Path(name, "ckpt.pt") if os.path.isfile(os.path.join(name, "ckpt.pt")) else Path(name)
     try:
-        return open_ckpt(name, path) if path.is_file() else open_pretrained(name, revision)
+        return open_ckpt(name, path) if os.path.isfile(path) else open_pretrained(name, revision)
     except StrictDataclassError as error:
-        raise ValueError(f"{name}: {error.__cause__}") from None
+        raise ValueError(f"{name}: {first_line(error)}") from None
 
 
 def open_ckpt(name: str, path: Path) -> Source:
     """The ckpt.pt that nanoGPT saved. Its weights are mapped from the disk; code in the pickle does not run."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        mapped = zipfile.is_zipfile(path)  # what torch before 1.6 saved cannot be mapped
+        with torch.serialization.safe_globals(NUMPY_NUMBERS):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError:
         raise ValueError(
             f"{path} holds more than weights, and code in it is not run: give a ckpt.pt that nanoGPT saved"
@@ -82,15 +104,22 @@ def open_ckpt(name: str, path: Path) -> Source:
         raise ValueError(f"{path} cannot be read as a checkpoint: give a whole ckpt.pt that nanoGPT saved") from None
     if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
         raise ValueError(f"{path} has no `model` and `model_args`: give a ckpt.pt that nanoGPT saved")
+    if not isinstance(checkpoint["model_args"], dict) or not is_state_dict(checkpoint["model"]):
+        raise ValueError(
+            f"{path} holds no weights in `model`, or no names in `model_args`: give a ckpt.pt that nanoGPT saved"
+        )
+    weights = weights_from_nanogpt(checkpoint["model"])
     try:
-        config = config_from_nanogpt(checkpoint["model_args"])
-    except KeyError as error:
-        raise ValueError(f"{path} has no {error} in its `model_args`: give a ckpt.pt that nanoGPT saved") from None
-    return Source(
-        name=name,
-        config=config,
-        carries_tokenizer=False,
-        weights=lambda: weights_from_nanogpt(checkpoint["model"]),
+        config = config_from_nanogpt(checkpoint["model_args"], weights)
+    except ValueError as mistake:
+        raise ValueError(f"{path} cannot be read as nanoGPT's: {mistake}") from None
+    return Source(name=name, config=config, carries_tokenizer=False, weights=lambda: weights)
+
+
+def is_state_dict(content: object) -> bool:
+    """Whether this is names and tensors."""
+    return isinstance(content, dict) and all(
+        isinstance(name, str) and torch.is_tensor(value) for name, value in content.items()
     )
 
 
@@ -104,13 +133,7 @@ def open_pretrained(name: str, revision: str | None) -> Source:
         ) from None
 
     def read_weights() -> StateDict:
-        try:
-            model = AutoModelForCausalLM.from_pretrained(
-                name, revision=revision, config=config, dtype="auto", trust_remote_code=False
-            )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise ValueError(f"{name} holds no weights that can be read ({first_line(error)})") from None
-        return model.state_dict()
+        return load_model(name, revision, config).state_dict()
 
     if isinstance(config, NanoGPTConfig):
         config.use_cache = True  # Trainer turns the cache off for its training, and saves that; generation needs it
@@ -138,7 +161,7 @@ def choose_config(given: dict, source: Source | None) -> NanoGPTConfig:
     try:
         config = NanoGPTConfig(**changes)
     except StrictDataclassError as error:
-        raise ValueError(str(error.__cause__)) from None
+        raise ValueError(first_line(error)) from None
     if source is not None:
         check_given(config, given, source.name)
     return config
@@ -152,21 +175,44 @@ def check_given(config: NanoGPTConfig, given: dict, source: str) -> None:
             raise ValueError(f"{key}={value}, but init_from={source} has {key}={theirs}: leave it out")
 
 
-def build_model(model_class: type[Model], config: PreTrainedConfig, weights: StateDict, dtype: torch.dtype) -> Model:
-    """A model with exactly these weights, in this dtype; raises ValueError if some are missing or left over."""
+def load_model(name: str, revision: str | None = None, config: PreTrainedConfig | None = None) -> PreTrainedModel:
+    """The causal language model of a folder or Hub id, in its own dtype. Code that is in its files does not run.
+
+    Raises ValueError if the weights cannot be read, and if some are missing, left over or of another shape.
+    """
     try:
-        loaded: Any = model_class.from_pretrained(
-            None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
+        return load_exactly(
+            AutoModelForCausalLM, name, revision=revision, config=config, dtype="auto", trust_remote_code=False
         )
-    except RuntimeError as error:  # tensors of another shape
-        raise ValueError(
-            f"the weights do not fit the configuration ({first_line(error)}): fetch or save the model again"
-        ) from None
-    model, report = loaded  # transformers' annotation knows only the model
-    wrong = {str(name) for kind in ("missing_keys", "unexpected_keys") for name in report[kind]}
+    except pickle.UnpicklingError:
+        reason = "torch does not load them: the file is damaged, or holds code, which is not run"
+    except (OSError, ValueError, RuntimeError, EOFError, SafetensorError, StrictDataclassError) as error:
+        reason = first_line(error) or type(error).__name__
+    raise ValueError(f"{name} holds no weights that can be read ({reason})")
+
+
+def build_model(model_class: type[Model], config: PreTrainedConfig, weights: StateDict, dtype: torch.dtype) -> Model:
+    """A model with exactly these weights, in this dtype; raises ValueError if they do not fit."""
+    return load_exactly(model_class, None, config=config, state_dict=weights, dtype=dtype)
+
+
+def load_exactly(model_class: Any, name: str | None, **options) -> Any:
+    """from_pretrained of a class. Raises ValueError if weights are missing, left over or of another shape.
+
+    transformers draws a weight that is missing at random, ignores one that is left over, and goes on.
+    """
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its report has a line for each weight
+    try:
+        model, report = model_class.from_pretrained(
+            name, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    finally:
+        logging.set_verbosity(verbosity)
+    wrong = {*report["missing_keys"], *report["unexpected_keys"], *(key for key, *_ in report["mismatched_keys"])}
     if wrong:
         raise ValueError(
-            f"the weights do not fit the configuration ({', '.join(sorted(wrong))}): fetch or save the model again"
+            f"the weights do not fit the configuration ({some_of(sorted(wrong))}): fetch or save the model again"
         )
     return model
 
@@ -183,10 +229,13 @@ def adopt_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
         holder.bos_token_id = end if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         holder.pad_token_id = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     tokenizer.model_max_length = model.config.max_position_embeddings
+    model.generation_config.max_length = model.config.max_position_embeddings  # for callers that name no length
     padding = list(range(len(tokenizer), model.config.vocab_size))
     model.generation_config.suppress_tokens = padding or None
 
 
 def first_line(error: BaseException | str) -> str:
-    """What went wrong, without the advice that libraries put below it."""
-    return str(error).strip().split("\n")[0]
+    """What went wrong, without the advice that libraries put below it, and at most 300 characters of it."""
+    if isinstance(error, StrictDataclassError):  # its own text only says that the cause is one
+        error = error.__cause__ or error
+    return str(error).strip().split("\n")[0][:300]

@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     ContinuousBatchingConfig,
+    DataCollatorForLanguageModeling,
     GenerationConfig,
     Trainer,
     TrainingArguments,
@@ -143,6 +144,21 @@ def test_pipeline_continues_a_batch_of_prompts_as_each_alone(run):
         assert answer["generated_text"] == tokenizer.decode(ids, skip_special_tokens=True)
 
 
+def test_a_pipeline_without_a_length_goes_on_to_the_end_of_the_context(run, recwarn, caplog):
+    generator = pipeline("text-generation", model=str(run.out_dir), trust_remote_code=True, device="cpu")
+    generator.model.generation_config.eos_token_id = None
+    context = generator.model.config.block_size
+    ids = generator("to be", return_tensors=True)[0]["generated_token_ids"]
+    assert len(ids) == context
+    inputs = generator.tokenizer("to be", return_tensors="pt")
+    assert generator.model.generate(**inputs).shape[1] == context
+    with caplog.at_level("WARNING", logger="transformers"):
+        assert generator.model.generate(**inputs, max_new_tokens=3).shape[1] == inputs.input_ids.shape[1] + 3
+    assert not caplog.records
+    with pytest.raises(ValueError, match="no token"):
+        generator.model.generate(**generator.tokenizer("", return_tensors="pt"))
+
+
 @pytest.mark.parametrize("attention", ["eager", "flex_attention"])
 def test_a_model_loaded_with_another_attention_has_the_numbers_of_sdpa(attention, tmp_path):
     model, x = make_model(), make_tokens(2, 12)
@@ -212,6 +228,57 @@ def test_what_trainer_saves_still_generates_with_a_cache(tmp_path):
     assert loaded(make_tokens(1, 4), use_cache=True).past_key_values.get_seq_length() == 4
     going_on = NanoGPTForCausalLM(open_source(str(tmp_path)).config)  # as conversion and training from this folder do
     assert lengths_fed(going_on) == [4, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["model", "LoRA"])
+@pytest.mark.parametrize("prompt", [0, 5])
+def test_trainer_smooths_the_label_of_the_next_token(tmp_path, adapted, prompt):
+    model, examples = make_model(), make_examples(count=4, prompt_lengths=(prompt,))
+    if adapted:
+        peft = pytest.importorskip("peft", reason="peft is not installed")
+        model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
+    trainer = make_trainer(model, tmp_path, examples, label_smoothing_factor=0.2)
+    batch = {key: torch.stack([example[key] for example in examples]) for key in examples[0]}
+    with torch.no_grad():
+        logits = model(input_ids=batch["input_ids"]).logits
+        loss = trainer.compute_loss(model, dict(batch))
+    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), label_smoothing=0.2)
+    assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("spare", [0, 5], ids=["a full vocabulary", "rows to spare"])
+def test_a_padding_token_of_its_own_leaves_the_ends_of_texts_to_be_learned(run, tmp_path, spare):
+    # the steps of docs/clients.md
+    tokenizer = load(run)[1]
+    model = make_model(vocab_size=len(tokenizer) + spare, block_size=16)
+    ids = torch.arange(8)[None]
+    before = model(ids).logits[..., : len(tokenizer)]
+    end, count = tokenizer.eos_token_id, len(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    if tokenizer.pad_token_id >= model.config.vocab_size:
+        model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
+    assert tokenizer.pad_token_id == count < model.config.vocab_size and tokenizer.eos_token_id == end
+    assert_close(model(ids).logits[..., :count], before)
+
+    batch = DataCollatorForLanguageModeling(tokenizer, mlm=False)(
+        [tokenizer(text + tokenizer.eos_token) for text in ("to be", "or not to be")]
+    )
+    ends, padding = batch["input_ids"] == end, batch["input_ids"] == tokenizer.pad_token_id
+    assert ends.sum() == 2 and padding.any()
+    assert (batch["labels"][ends] == end).all() and (batch["labels"][padding] == -100).all()
+    loss = make_trainer(model, tmp_path, []).compute_loss(model, dict(batch))
+    assert loss.isfinite()
+
+
+def test_what_cannot_be_predicted_is_not_learned_with_smoothed_labels(tmp_path):
+    examples = [{"input_ids": ids, "labels": ids} for ids in make_tokens(200, 16)]
+    settings = {"max_steps": 30, "per_device_train_batch_size": 16, "learning_rate": 1e-2, "logging_steps": 30}
+    trainer = make_trainer(
+        make_model(initializer_range=0.02), tmp_path, examples, label_smoothing_factor=0.1, **settings
+    )
+    trainer.train()
+    (loss,) = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert loss > math.log(VOCAB) * 15 / 16 - 0.1  # Trainer divides 15 targets by 16 labels
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -408,7 +408,7 @@ def inputs(tmp_path, tokenizer):
         (["code.pt", "new", "--tokenizer=TOKENIZER"], "code in it is not run"),
         (["other.pt", "new", "--tokenizer=TOKENIZER"], "model_args"),
         (["args.pt", "new", "--tokenizer=TOKENIZER"], "args.pt"),
-        (["part.pt", "new", "--tokenizer=TOKENIZER"], "do not fit"),
+        (["part.pt", "new", "--tokenizer=TOKENIZER"], "transformer.wpe.weight"),
         (["bert", "new"], "bert"),
         (["untokenized", "new"], "--tokenizer"),
         (["good", "new"], "--tokenizer"),

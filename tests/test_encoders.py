@@ -254,7 +254,7 @@ def test_any_other_tokenizer_is_encoded_in_batches_with_its_unknowns_counted():
     texts = ["Fox dog cat", "", "emu dog dog fox"]
     ids = encoder.encode(texts)
     assert [each.tolist() for each in ids] == [[1, 2, 0], [], [0, 2, 2, 1]]
-    assert encoder.count_unknowns(texts, ids) == 2
+    assert encoder.count_unknowns(texts, ids) == len("cat") + len("emu")
     assert tokenizer.padding and tokenizer.truncation  # it is left as it was
 
 

@@ -13,8 +13,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_nanogpt import NanoGPTConfig, NanoGPTForCausalLM
+from modeling_nanogpt.decoding import continue_prompt
 from modeling_nanogpt.optimization import make_optimizer
-from modeling_nanogpt.sample import continue_prompt
 from modeling_nanogpt.throughput import peak_flops
 from support.tiny_run import train
 from train_accelerate import to_device
@@ -125,8 +125,9 @@ def test_sampling_gives_the_same_text_on_a_gpu_as_on_a_cpu(float32_run):
     model = AutoModelForCausalLM.from_pretrained(float32_run.out_dir).eval()
     tokenizer = AutoTokenizer.from_pretrained(float32_run.out_dir)
     prompt = tokenizer("to be ", return_tensors="pt").input_ids
-    on_cpu = continue_prompt(model, prompt, 24, do_sample=False)  # past block_size
-    on_gpu = continue_prompt(model.cuda(), prompt.cuda(), 24, do_sample=False)
+    greedy = {"temperature": 0, "top_k": 0}
+    on_cpu = torch.stack(list(continue_prompt(model, prompt, 24, **greedy)))  # past block_size
+    on_gpu = torch.stack(list(continue_prompt(model.cuda(), prompt.cuda(), 24, **greedy)))
     assert on_gpu.cpu().equal(on_cpu)
 
 

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch.nn import functional as F
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -48,7 +49,8 @@ for name in PROJECT:
     sys.exit(f"{name} can be imported: this process would show nothing")
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from transformers import pipeline
 
 folder, again, report = sys.argv[1:]
 text = json.loads(sys.stdin.read())
@@ -61,6 +63,9 @@ inputs = tokenizer(text, return_tensors="pt")
 with torch.no_grad():
     logits, hidden = model(**inputs).logits, base(**inputs).last_hidden_state
 generated = generator(text, do_sample=False, max_new_tokens=8, return_full_text=False)[0]["generated_text"]
+arguments = TrainingArguments(again, label_smoothing_factor=0.2, use_cpu=True, report_to="none")
+with torch.no_grad():
+    smoothed = Trainer(model, arguments).compute_loss(model, dict(inputs) | {"labels": inputs["input_ids"]})
 
 model.save_pretrained(again)
 tokenizer.save_pretrained(again)
@@ -75,6 +80,7 @@ with open(report, "w") as file:
             "logits": logits.tolist(),
             "hidden": hidden.tolist(),
             "generated": generated,
+            "smoothed": smoothed.item(),
         },
         file,
     )
@@ -182,6 +188,22 @@ def test_another_process_generates_the_same_text_through_a_pipeline(original, vi
     assert visitor.tokenizer_is_fast
     assert len(visitor.generated) == 8
     assert visitor.generated == original.generated
+
+
+def test_trainer_in_another_process_smooths_the_label_of_the_next_token(original, visitor):
+    expected = F.cross_entropy(original.logits[0, :-1], original.ids[0, 1:], label_smoothing=0.2)
+    assert visitor.smoothed == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_code_loads_if_transformers_has_no_table_of_names(original):
+    script = f"""
+from transformers.models.auto import modeling_auto
+del modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import AutoModelForCausalLM
+print(type(AutoModelForCausalLM.from_pretrained({str(original.folder)!r}, trust_remote_code=True)).__name__)
+"""
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=PATIENCE)
+    assert process.stdout.strip() == "NanoGPTForCausalLM", process.stderr
 
 
 def test_what_another_process_saves_holds_code_and_every_auto_class(original, visitor):

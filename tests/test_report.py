@@ -216,7 +216,7 @@ def test_the_card_shows_three_samples_of_the_model_that_was_saved(run, card):
     tokenizer = AutoTokenizer.from_pretrained(run.out_dir)
     torch.manual_seed(0)
     before = torch.random.get_rng_state()
-    drawn = draw_samples(model, tokenizer, 16, torch.device("cpu"))
+    drawn = draw_samples(model, tokenizer)
     assert [text.strip() for _, text in samples_of(card)] == [text.strip() for text in drawn]
     assert len(set(drawn)) == 3 and all(len(text) == 15 for text in drawn)
     assert torch.equal(torch.random.get_rng_state(), before) and model.training
@@ -229,7 +229,7 @@ def test_samples_are_drawn_from_the_probabilities_of_the_model(run):
         model.transformer.wpe.weight.normal_(generator=torch.Generator().manual_seed(0))  # positions count
     unused = torch.arange(model.config.vocab_size) >= len(tokenizer)  # likely, but no token of the tokenizer
     model.lm_head.register_forward_hook(lambda module, inputs, logits: logits + 100.0 * unused)
-    drawn = draw_samples(model, tokenizer, 16, torch.device("cpu"))
+    drawn = draw_samples(model, tokenizer)
     model.eval()
     generator = torch.Generator().manual_seed(1337)
     ids = torch.tensor([tokenizer("\n").input_ids] * 3)
@@ -253,7 +253,7 @@ def test_a_sample_ends_where_its_text_ends(run):
     bias = torch.full((model.config.vocab_size,), -1e9)
     bias[[token for token, _ in kept]] = 0.0  # ... of these two
     model.lm_head.register_forward_hook(lambda module, inputs, logits: logits + bias)
-    for text in draw_samples(model, tokenizer, 16, torch.device("cpu")):
+    for text in draw_samples(model, tokenizer):
         assert set(text) <= {"e"} and len(text) < 15
 
 

@@ -1,17 +1,18 @@
-"""Sampling: what continue_prompt draws, also beyond block_size, where the window slides, and the command."""
+"""Sampling: what continue_prompt draws, also once the context is full and tokens are dropped, and the command."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, set_seed
 from transformers.utils import logging
 
 from modeling_nanogpt import NanoGPTConfig, NanoGPTForCausalLM, sample
-from modeling_nanogpt.sample import continue_prompt
+from modeling_nanogpt.decoding import continue_prompt
 from support import PATIENCE, ROOT
 from support.tiny_run import TINY
 
@@ -37,24 +38,33 @@ def make_prompts(rows, length, seed=0):
 
 
 @torch.no_grad()
-def greedy_by_hand(model, ids, count):
-    """Add the likeliest token after the last block_size tokens, one row and one token at a time."""
+def greedy_by_hand(model, ids, count, stride=1):
+    """Add the likeliest token after the context, one row and one token at a time; a full context loses `stride`."""
     rows = []
     for row in ids.tolist():
+        context = row[-BLOCK:]
         for _ in range(count):
-            logits = model(torch.tensor([row[-BLOCK:]]), use_cache=False).logits[0, -1]
+            context = context if len(context) <= BLOCK else context[stride:]
+            logits = model(torch.tensor([context]), use_cache=False).logits[0, -1]
             row.append(logits.argmax().item())
+            context = context + row[-1:]
         rows.append(row)
     return torch.tensor(rows)
 
 
-def greedy(model, ids, count):
-    return continue_prompt(model, ids, count, do_sample=False)
+def continued(model, ids, count, **sampling):
+    """Prompts (B, T) with what continue_prompt puts after them."""
+    settings = {"temperature": 1.0, "top_k": 0, "stride": 1} | sampling
+    return torch.cat([ids, *(token[:, None] for token in continue_prompt(model, ids, count, **settings))], dim=1)
+
+
+def greedy(model, ids, count, **sampling):
+    return continued(model, ids, count, temperature=0, **sampling)
 
 
 def sampled(model, ids, count, seed=0, **sampling):
     set_seed(seed)
-    return continue_prompt(model, ids, count, do_sample=True, **{"temperature": 1.0, "top_k": 0} | sampling)
+    return continued(model, ids, count, **sampling)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -65,6 +75,33 @@ def sampled(model, ids, count, seed=0, **sampling):
 def test_greedy_is_the_likeliest_token_after_the_last_block_size_tokens(model, length, count):
     prompts = make_prompts(3, length)
     assert torch.equal(greedy(model, prompts, count), greedy_by_hand(model, prompts, count))
+
+
+@pytest.mark.parametrize(("length", "count"), LENGTHS)
+@pytest.mark.parametrize("stride", [1, 3, BLOCK // 2, BLOCK])
+def test_a_full_context_loses_its_oldest_tokens(model, length, count, stride):
+    prompts = make_prompts(3, length)
+    expected = greedy_by_hand(model, prompts, count, stride)
+    assert torch.equal(greedy(model, prompts, count, stride=stride), expected)
+    if stride == BLOCK // 2:
+        assert torch.equal(greedy(model, prompts, count, stride=None), expected)
+
+
+def test_each_token_is_read_once_until_the_context_is_full_and_half_of_it_again_then(model):
+    read = []
+    hook = model.register_forward_hook(lambda module, given, made: read.append(given[0].shape[1]))
+    greedy(model, make_prompts(1, 3), 14, stride=None)
+    hook.remove()
+    refill = [BLOCK // 2 + 1]
+    assert read == [3, *[1] * (BLOCK - 3), *refill, *[1] * (BLOCK // 2 - 1), *refill, *[1] * (BLOCK // 2 - 1)]
+
+
+def test_a_model_of_transformers_is_continued_as_it_generates():
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=32, n_embd=16, n_layer=2, n_head=2)).eval()
+    prompt = torch.randint(50, (1, 5))
+    expected = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=20)
+    assert torch.equal(greedy(model, prompt, 20), expected)
 
 
 @pytest.mark.parametrize(("length", "count"), [(3, 4), (3, 20), (20, 5)])
@@ -209,7 +246,8 @@ def test_the_command_prints_the_prompt_and_what_follows(run):
         encoding="utf-8",
         timeout=PATIENCE,
     )
-    assert process.stderr == "" and process.returncode == 0
+    assert process.returncode == 0
+    assert re.fullmatch(r"160 tokens in \d+\.\d\d s: [\d,]+ tokens/s\n", process.stderr)
     *samples, rest = process.stdout.split(f"\n{SEPARATOR}\n")
     assert rest == ""
     assert len(samples) == 4 and len(set(samples)) == 4
@@ -266,9 +304,14 @@ def test_the_seed_repeats_the_samples(run, say):
 def test_a_greedy_sample_is_the_likeliest_text(run, say):
     model, tokenizer = (auto.from_pretrained(run.out_dir) for auto in (AutoModelForCausalLM, AutoTokenizer))
     ids = tokenizer("to be or", return_tensors="pt").input_ids
-    expected = greedy(model.eval(), ids, 40)[0]
+    expected = greedy(model.eval(), ids, 40, stride=None)[0]
     said = say(run.out_dir, "--prompt", "to be or", "--num_samples", 1, "--temperature", 0, "--max_new_tokens", 40)
     assert said == f"{tokenizer.decode(expected)}\n{SEPARATOR}\n"
+
+
+def test_a_stream_says_what_a_sample_says(run, say):
+    flags = ["--prompt", "to be or", "--temperature", 0, "--max_new_tokens", 40, "--num_samples", 2]
+    assert say(run.out_dir, *flags, "--stream") == say(run.out_dir, *flags)
 
 
 def test_what_follows_the_end_of_a_text_is_not_printed(run, say, tmp_path):
@@ -282,7 +325,9 @@ def test_what_follows_the_end_of_a_text_is_not_printed(run, say, tmp_path):
         model.lm_head.weight[tokenizer.eos_token_id] = direction
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    assert say(tmp_path, "--prompt", "to be", "--num_samples", 2, "--temperature", 0) == f"to be\n{SEPARATOR}\n" * 2
+    for flags in ([], ["--stream"]):
+        said = say(tmp_path, "--prompt", "to be", "--num_samples", 2, "--temperature", 0, *flags)
+        assert said == f"to be\n{SEPARATOR}\n" * 2
 
 
 def test_help_names_every_flag(say, capsys):
@@ -290,7 +335,16 @@ def test_help_names_every_flag(say, capsys):
         say("--help")
     shown = capsys.readouterr()
     assert stop.value.code == 0 and shown.err == ""
-    for flag in ("--prompt", "--num_samples", "--max_new_tokens", "--temperature", "--top_k", "--seed"):
+    for flag in (
+        "--prompt",
+        "--num_samples",
+        "--max_new_tokens",
+        "--temperature",
+        "--top_k",
+        "--stride",
+        "--seed",
+        "--stream",
+    ):
         assert flag in shown.out
 
 
@@ -305,6 +359,7 @@ def test_help_names_every_flag(say, capsys):
         (["--temperature", "warm"], ["--temperature", "warm"]),
         (["--top_k", "-1"], ["--top_k=-1", "at least 0"]),
         (["--top_k", "1.5"], ["--top_k", "1.5"]),
+        (["--stride", "-1"], ["--stride=-1", "at least 0"]),
         (["--seed", "-1"], ["--seed=-1"]),
         (["--seed", str(2**32)], ["--seed=4294967296"]),
         (["--prompt", ""], ["--prompt", "empty"]),

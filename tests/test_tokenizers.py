@@ -2,8 +2,10 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from support import PATIENCE
 from support.needs import needs_gpt2
 from support.texts import END, HARD_TEXTS, TEXT, random_texts
-from tokenization import encoders
+from tokenization import encoders, vocabularies
 from tokenization.vocabularies import (
     make_gpt2_tokenizer,
     read_char_tokenizer,
@@ -342,3 +344,42 @@ def test_two_tokenizers_are_the_same_where_they_give_the_same_ids(tokenizers):
         tokenizer_object=cut_by(max(encoders.GPT2_WORDS)).backend_tokenizer, eos_token="!"
     )
     assert not same_tokenizer(bpe, another_end)  # documents end otherwise
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text without spaces
+
+
+def letters(kind, count):
+    """Text of one word: bases of DNA, Chinese characters, or one letter again and again."""
+    alphabet = {"DNA": "ACGT", "Chinese": "".join(map(chr, range(0x4E00, 0x5000))), "one letter": "a"}[kind]
+    draw = random.Random(0)
+    return "".join(draw.choice(alphabet) for _ in range(count))
+
+
+@pytest.mark.parametrize("kind", ["DNA", "Chinese", "one letter"])
+def test_bpe_learns_from_a_text_without_spaces_in_seconds(kind, capsys):
+    text = letters(kind, 2_000_000 if kind != "Chinese" else 500_000)
+    started = time.process_time()
+    tokenizer = train_bpe_tokenizer([text], 1000)
+    encoded = encoders.make_encoder(tokenizer.backend_tokenizer).encode([text])[0]
+    assert time.process_time() - started < 120  # 6 seconds on an idle machine, and hours if words are not cut
+    assert (
+        len(encoded) < 2 / 3 * len(text.encode())
+        and tokenizer.decode(encoded[:5000]) == text[: len(tokenizer.decode(encoded[:5000]))]
+    )
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == (kind != "Chinese") and all("words of 1,000 characters" in line for line in said)
+
+
+def test_no_more_than_so_many_characters_of_long_words_are_learned_from(monkeypatch, capsys):
+    monkeypatch.setattr(vocabularies, "LONG_WORDS", 5000)
+    monkeypatch.setattr(vocabularies, "MENTIONED", 3000)
+    texts = ["short " + letters("DNA", 3500) + " words", "a" * 1500, "b" * 2500 + " end", "c" * 1000, "last"]
+    parts = list(vocabularies.cut_long_words(iter(texts)))
+    assert sum(len(part) for part in parts if len(part) >= 1000) <= 5000 + len("short ")
+    assert not any("c" in part for part in parts) and max(map(len, parts)) <= 1000 + len("short ")
+    joined = "".join(parts)
+    assert joined.startswith("short ") and joined.endswith("last") and " words" in joined and " end" in joined
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "5,000 characters" in line

@@ -77,6 +77,9 @@ class DataArguments:
     )
     corpus_revision: str = knob("", "branch, tag or commit of a Hub dataset")
     text_column: str = knob("text", "column of a table that holds the text, or token ids (as input_ids)")
+    document_separator: str = knob(
+        "", "text that ends a document, as <|endoftext|> in the files of TinyStories; without it, all text is text"
+    )
     val_fraction: float = knob(
         0.1, "part held out for validation: of the documents, or of the characters of a single document"
     )
@@ -91,6 +94,8 @@ class DataArguments:
         self.corpus = self.corpus or None
         if self.tokenizer == "bpe" and self.vocab_size < 257:
             raise ValueError(f"vocab_size={self.vocab_size}, but bpe needs at least 257: 256 bytes and <|endoftext|>")
+        if any(character.isspace() for character in self.document_separator):
+            raise ValueError(f"document_separator={self.document_separator[:40]!r}, but it must not hold white space")
         if not 0 < self.val_fraction < 1:
             raise ValueError(
                 f"val_fraction={self.val_fraction}, but it must be between 0 and 1: 0.1 holds out a tenth"

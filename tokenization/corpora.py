@@ -34,6 +34,7 @@ STDLIB_SKIPPED = {"test", "tests", "idle_test", "lib2to3", "encodings", "pydoc_d
 OURS = ("prepared.json", "run.yaml")  # in a data_dir and in an out_dir, which are no text to train on
 NOT_TEXT = {"dataset_infos.json"}  # what `hf download` leaves beside the files of a dataset
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+LINE_END_BEFORE, LINE_END_BEHIND = re.compile(r"\A\r?\n"), re.compile(r"\r?\n\Z")
 
 
 class Unreached(ValueError):
@@ -46,6 +47,7 @@ class Corpus:
     `fingerprint` changes if the documents may have; `revision` is a commit on the Hub, or None; `flags` name what else
     decides what the corpus holds. Once all is read, `sha256` is that of the documents, with a byte that UTF-8 never
     holds between them: for a single text, that of its file. `left_out` counts files of no known kind, by suffix.
+    `spelled` counts what looks like an end of a document in the text, and is none.
     """
 
     def __init__(self, arguments: DataArguments, paths: list, left_out: Counter[str], held_out: Iterable = ()):
@@ -54,6 +56,8 @@ class Corpus:
         self.paths, self.held_out = [*paths, *held_out], set(held_out)
         tables = any(kind_of(str(path)) in {*JSON, *TABLES, *ARCHIVES} for path in paths)
         self.flags = [*(["text_column"] if tables else []), *([] if held_out else ["val_fraction"])]
+        self.separator, self.spelled = arguments.document_separator, Counter[str]()
+        self.flags += ["document_separator"] if self.separator else []
         self.vocab_size: int | None = None  # that token ids must be below
 
     @cached_property
@@ -74,7 +78,8 @@ class Corpus:
         """Pieces of documents: text or ids, whether the document ends, whether it is held out (None: not said)."""
         digest, between, left_out = hashlib.sha256(), b"", Counter[str]()
         for path in self.paths:
-            for content, ends in self.read_path(path, left_out):
+            pieces = self.read_path(path, left_out)
+            for content, ends in split_documents(pieces, self.separator) if self.separator else pieces:
                 if self.vocab_size and not isinstance(content, str) and content.max() >= self.vocab_size:
                     raise ValueError(
                         f"corpus: {path} has the id {content.max()}, but its tokenizer only {self.vocab_size} tokens: "
@@ -165,6 +170,25 @@ class HubCorpus(Corpus):
                 f"corpus={self.name}: no such file, folder or glob here, and as a Hub dataset it cannot be read "
                 f"({type(error).__name__}: {first_line(error)})"
             ) from None
+
+
+def split_documents(pieces: Iterator[Piece], separator: str) -> Iterator[Piece]:
+    """Pieces of documents that also end at each separator. A line end on either side of a separator is left out.
+
+    A piece may be empty, if all that is left of its document is that it ends.
+    """
+    is_first, is_empty = False, True  # whether a separator stands before; whether the document has no text so far
+    for content, ends in pieces:
+        if not isinstance(content, str):
+            raise ValueError(f"document_separator={separator[:40]}, but the corpus is tokens already: leave it out")
+        *ended, last = content.split(separator)
+        for part, part_ends, has_separator in [*((part, True, True) for part in ended), (last, ends, False)]:
+            text = LINE_END_BEFORE.sub("", part) if is_first else part
+            text = LINE_END_BEHIND.sub("", text) if has_separator else text
+            if text or (part_ends and not is_empty):
+                yield text, part_ends
+            is_first = has_separator or (is_first and not part)
+            is_empty = part_ends or (is_empty and not text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

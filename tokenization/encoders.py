@@ -45,7 +45,7 @@ class Encoder(Protocol):
         """The ids of each text. Raises ValueError if the tokenizer cannot encode a text."""
 
     def count_unknowns(self, texts: list[str], ids: list[np.ndarray]) -> int:
-        """How many characters, or words, are no tokens of their own: spelled by bytes, or lost."""
+        """How many characters have no token of their own: spelled by bytes or, unless they are white space, lost."""
 
 
 class TableEncoder:
@@ -106,15 +106,17 @@ class LibraryEncoder:
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encoded]
 
     def count_unknowns(self, texts: list[str], ids: list[np.ndarray]) -> int:
-        if self.drops:
-            return sum(map(self.count_dropped, texts))
-        return 0 if self.unknown_id is None else sum(int((each == self.unknown_id).sum()) for each in ids)
+        suspects = [
+            text for text, each in zip(texts, ids, strict=True) if self.drops or (each == self.unknown_id).any()
+        ]
+        return sum(map(self.count_lost, suspects))
 
-    def count_dropped(self, text: str) -> int:
-        """How many characters of a text, white space aside, are in no token."""
+    def count_lost(self, text: str) -> int:
+        """How many characters of a text, white space aside, are in no token, or in one that stands for anything."""
+        encoding = self.tokenizer.encode(text, add_special_tokens=False)
         kept = np.zeros(len(text), dtype=bool)
-        for start, end in self.tokenizer.encode(text, add_special_tokens=False).offsets:
-            kept[start:end] = True
+        for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+            kept[start:end] = token != self.unknown_id
         return sum(not text[i].isspace() for i in np.flatnonzero(~kept))
 
 
@@ -140,9 +142,8 @@ class TiktokenEncoder:
 class GigatokenEncoder(TiktokenEncoder):
     """Byte-level BPE, by gigatoken, ten times as fast: it remembers the words that it has seen."""
 
-    def __init__(self, words: str, ranks: dict[bytes, int], tokenizer: Tokenizer):
+    def __init__(self, words: str, ranks: dict[bytes, int], tokenizer: Tokenizer, spec: dict):
         super().__init__(words, ranks, tokenizer)
-        spec = json.loads(tokenizer.to_str())
         spec["added_tokens"] = []  # text that spells one stays text
         if self.cuts:  # gigatoken knows GPT-2's words by this name
             spec["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
@@ -190,7 +191,7 @@ def make_encoder(tokenizer: Tokenizer, fastest: bool = True) -> Encoder:
             ranks = ranks_of(model, {token["content"] for token in spec["added_tokens"]})
             if ranks and fastest:
                 try:
-                    return GigatokenEncoder(words, ranks, tokenizer)
+                    return GigatokenEncoder(words, ranks, tokenizer, spec)
                 except (ImportError, RuntimeError):  # it is not installed, or knows no such pattern
                     pass
             if ranks:

@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from fractions import Fraction
@@ -30,7 +31,7 @@ from .arguments import DataArguments
 from .corpora import Corpus, Unreached
 from .encoders import Encoder, count_bytes, make_encoder
 from .provenance import RECORD, asked_for, check_length
-from .vocabularies import check_tokens, named_tokenizer, train_bpe_tokenizer, train_char_tokenizer
+from .vocabularies import END_OF_TEXT, check_tokens, named_tokenizer, train_bpe_tokenizer, train_char_tokenizer
 from .windows import TokenStream, views_of
 from .workers import leave_if_worker, watched_workers
 
@@ -75,6 +76,12 @@ def make_data_dir(
     if corpus.left_out:
         kinds = ", ".join(f"{count} {kind or 'without a suffix'}" for kind, count in corpus.left_out.most_common(9))
         print(f"corpus={corpus.name}: left out {sum(corpus.left_out.values())} files: {kinds}", file=sys.stderr)
+    for ending, count in corpus.spelled.items():
+        print(
+            f"corpus={corpus.name}: its text spells {ending} {count:,} times, which is text like any other: "
+            f"--document_separator='{ending}' ends documents there",
+            file=sys.stderr,
+        )
 
 
 def fill(
@@ -266,8 +273,11 @@ def tokenize(
     counts = {key: Value("int64") for key in COUNTS}
     features = Features({"split": Value("string"), "input_ids": List(Value(id_type)), **counts})
     pieces = split_pieces(corpus, cut, arguments.val_fraction, whole)
+    endings = {token for token in (END_OF_TEXT, tokenizer.eos_token) if token and token.startswith("<")}
     for number, shard in enumerate(shards_of(pieces)):
         size = sum(len(content) for _, content, _ in shard)
+        for ending in endings if corpus.is_text else ():
+            corpus.spelled += Counter({ending: sum(content.count(ending) for _, content, _ in shard)})
         splits, contents, ends = zip(*shard, strict=True)
         kind = pa.large_string() if corpus.is_text else pa.large_list(pa.uint32())
         name = f"tokens-{number:05d}"  # also the fingerprint: `datasets` would read the whole text to find one

@@ -1,6 +1,7 @@
 """prepared.json: what a data_dir was made from, and whether that is what the flags ask for."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -9,7 +10,8 @@ from .corpora import Unreached, fingerprint_files, is_address, open_corpus
 
 RECORD = "prepared.json"
 KNOWN = {"sha256", "tokenizer", "vocab_size_asked", "tokens"}
-COMPARED = ("val_fraction", "text_column", "corpus_config", "corpus_split", "val_split")  # if the record has them
+# if the record has them
+COMPARED = ("val_fraction", "text_column", "document_separator", "corpus_config", "corpus_split", "val_split")
 
 
 def read_record(data_dir: Path) -> dict:
@@ -36,7 +38,9 @@ def fingerprint_of(name: str) -> str | None:
     path = Path(name)
     if name in ("char", "bpe", "gpt2"):
         return None
-    files = [path] if path.is_file() else sorted(path.glob("*token*")) + sorted(path.glob("vocab*"))
+    files = [path] if os.path.isfile(path) else []
+    if os.path.isdir(path):
+        files = sorted(path.glob("*token*")) + sorted(path.glob("vocab*"))
     return fingerprint_files(files) if files else None
 
 
@@ -54,6 +58,7 @@ def check_record(record: dict, arguments: DataArguments) -> None:
     asked = {flag: getattr(arguments, flag) for flag in COMPARED}
     if arguments.tokenizer == "bpe":
         asked["vocab_size_asked"] = arguments.vocab_size
+    record = {"document_separator": ""} | record  # it is not recorded if it is empty
     for key in asked:
         if record.get(key, asked[key]) != asked[key]:
             flag = key.removesuffix("_asked")

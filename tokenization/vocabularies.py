@@ -3,6 +3,7 @@
 Each is an ordinary fast tokenizer, which AutoTokenizer loads with no code of ours.
 """
 
+import os
 import re
 import sys
 from collections import Counter
@@ -19,15 +20,17 @@ from .documents import first_line, read_file
 from .encoders import TiktokenEncoder, make_encoder
 
 END_OF_TEXT = "<|endoftext|>"
-# The trainer of the `tokenizers` library takes hours for a word of a million letters: it is given such parts.
+# The trainer of the `tokenizers` library takes hours for a word of a million letters: it is given such parts. Of text
+# without spaces, no two parts are alike, and a million characters take two seconds and 50 MB: it is given so many.
 LONG_WORD = re.compile(r"\S{1000}")
+LONG_WORDS, MENTIONED = 2**24, 2**20  # characters in such parts: the most to learn from, and what is worth a line
 
 
 def named_tokenizer(name: str) -> PreTrainedTokenizerFast:
     """The tokenizer that a flag names, if it is not made from the corpus. Raises ValueError if it cannot be had."""
     if name == "gpt2":
         return make_gpt2_tokenizer()
-    if Path(name).is_file():
+    if os.path.isfile(name):  # Path raises an error if the name is too long for a file
         return read_char_tokenizer(Path(name))
     return load_tokenizer(name)
 
@@ -48,7 +51,38 @@ def load_tokenizer(name: str, flag: str = "tokenizer", revision: str | None = No
         raise ValueError(f"{flag}={name} has no tokenizer.json, nor what one can be made from")
     if max(tokenizer.get_vocab().values(), default=-1) >= len(tokenizer):
         raise ValueError(f"{flag}={name} has {len(tokenizer)} tokens, but ids beyond that number")
-    return tokenizer
+    plain = plain_tokenizer(tokenizer)
+    if flag == "tokenizer" and tokenizer.num_special_tokens_to_add():
+        added = " ".join(tokenizer.convert_ids_to_tokens(tokenizer("").input_ids))
+        print(f"tokenizer={name} puts {added} around a text: left out, in training as in prompts", file=sys.stderr)
+    return plain
+
+
+def plain_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The tokenizer as training uses it, so that a prompt gets ids as training has seen them: those of its text.
+
+    It adds no token to a text and has no token_type_ids. A document in the data begins behind the end-of-text token of
+    the one before, so this token also begins a text.
+    """
+    end, names = tokenizer.eos_token, ["input_ids", "attention_mask"]
+    adds = tokenizer.num_special_tokens_to_add()
+    if not adds and tokenizer.model_input_names == names and end in (None, tokenizer.bos_token):
+        return tokenizer
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.post_processor = (
+        None  # it adds tokens, or moves the borders of tokens in the text, which nothing here uses
+    )
+    special = {key: token for key, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    plain = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        **special | ({"bos_token": end} if end else {}),
+        padding_side="left",  # a batch of prompts is continued on its right
+        model_max_length=tokenizer.model_max_length,
+        model_input_names=names,
+        clean_up_tokenization_spaces=tokenizer.clean_up_tokenization_spaces,
+    )
+    plain.name_or_path, plain.chat_template = tokenizer.name_or_path, tokenizer.chat_template
+    return plain
 
 
 def same_tokenizer(first: PreTrainedTokenizerFast, second: PreTrainedTokenizerFast) -> bool:
@@ -151,10 +185,20 @@ def train_bpe_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedToke
 
 
 def cut_long_words(texts: Iterable[str]) -> Iterator[str]:
+    """The texts, cut behind every LONG_WORD; beyond LONG_WORDS, such words are left out."""
+    taken = 0
     for text in texts:
         start = 0
         for word in LONG_WORD.finditer(text):
-            yield text[start : word.end()]
+            if taken < MENTIONED <= taken + len(word[0]):
+                print(
+                    f"tokenizer=bpe: the text has words of {len(word[0]):,} characters and more. It learns from the "
+                    f"first {LONG_WORDS:,} characters of such words, which takes up to a minute",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            yield text[start : word.end() if taken < LONG_WORDS else word.start()]
+            taken += len(word[0])
             start = word.end()
         yield text[start:]
 

@@ -13,7 +13,8 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 from transformers import PreTrainedTokenizerBase
 
-from ..modeling_nanogpt import CACHE
+from ..decoding import continue_prompt
+from ..modeling_nanogpt import NanoGPTForCausalLM
 from ..throughput import flops_per_token
 from .checkpointing import to_json
 from .describing import RunFacts
@@ -163,36 +164,34 @@ def find_commit() -> str | None:
 # Samples and the plot
 
 
-@torch.no_grad()
-def draw_samples(
-    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, block_size: int, device: torch.device
-) -> list[str]:
+def draw_samples(model: NanoGPTForCausalLM, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Three texts that follow a newline, up to 100 tokens each, at temperature 0.8 among the 200 likeliest tokens.
 
-    No text if the model has diverged, so that it predicts no numbers. The model may be wrapped for several processes,
-    if all of them call this. The generator is its own: the same weights give the same texts, and training goes on as
-    if nothing had been drawn.
+    If the weights are sharded, all processes must call this. The generator is its own: the same weights give the same
+    texts on the same device, and training goes on as if nothing had been drawn. A model that has diverged, so that it
+    predicts no numbers, gives no texts.
     """
     was_training = model.training
     model.eval()
-    generator = torch.Generator().manual_seed(1337)
-    start = opening(tokenizer)
-    ids = torch.tensor([start] * 3)  # (3, T)
-    new, cache = ids, None  # (3, T) at first, then (3, 1)
+    prompt = torch.tensor([opening(tokenizer)] * 3, device=model.device)  # (3, T)
     with torch.compiler.set_stance("force_eager"):  # a batch of one token at a time is not worth compiling
-        while ids.shape[1] < min(block_size, 100):
-            output = model(input_ids=new.to(device), cache=cache, use_cache=True)
-            logits = output.logits[:, -1, : len(tokenizer)].float().cpu() / 0.8
-            if not logits.isfinite().all():
-                ids = ids[:0]
-                break
-            likeliest = logits.topk(min(200, logits.shape[1]))
-            choice = torch.multinomial(likeliest.values.softmax(-1), 1, generator=generator)
-            new, cache = likeliest.indices.gather(1, choice), output[CACHE]  # (3, 1)
-            ids = torch.cat([ids, new], dim=1)
+        tokens = continue_prompt(
+            model,
+            prompt,
+            max(min(model.config.block_size, 100) - prompt.shape[1], 1),
+            temperature=0.8,
+            top_k=200,
+            generator=torch.Generator(model.device).manual_seed(1337),
+        )
+        try:
+            rows = torch.stack(list(tokens), dim=1).tolist()  # (3, N)
+        except RuntimeError as error:
+            if "probability" not in str(error):
+                raise
+            rows = []
     model.train(was_training)
     texts: list[str] = []
-    for row in ids[:, len(start) :].tolist():
+    for row in rows:
         if tokenizer.eos_token_id in row:
             row = row[: row.index(tokenizer.eos_token_id)]
         texts.append(str(tokenizer.decode(row)))

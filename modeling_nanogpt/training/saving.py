@@ -66,7 +66,7 @@ class Saver:
     def save_model(self, state: TrainState) -> None:
         """Make out_dir a complete model repository, and have it pushed. Every process takes part."""
         weights = self.accelerator.get_state_dict(self.model)
-        samples = draw_samples(self.model, self.tokenizer, self.facts.config.block_size, self.accelerator.device)
+        samples = draw_samples(self.accelerator.unwrap_model(self.model), self.tokenizer)
         if self.accelerator.is_main_process:
             self._attempt("the model", lambda: self._write_model(state, weights, samples))
 
