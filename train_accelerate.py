@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-from tokenization.arguments import DataArguments, FlagParser, check_bounds, knob
+from command_start import begin_command
+from tokenization.arguments import DataArguments, FlagParser, check_bounds, knob, one_line
 
 RECIPES = Path(__file__).parent / "hub_configs"
 
@@ -23,7 +24,7 @@ RECIPES = Path(__file__).parent / "hub_configs"
 
 @dataclasses.dataclass
 class ModelArguments:
-    init_from: str = knob("scratch", "scratch, resume, or a model: a folder, a Hub id or nanoGPT's ckpt.pt")
+    init_from: str = knob("scratch", "scratch, resume, or a model: a folder, a Hub id or nanoGPT's ckpt.pt", path=True)
     revision: str | None = knob(None, "branch, tag or commit, if init_from is a Hub id (default: main)")
     # the shape: a trained model brings its own; a new model gets these flags, or the defaults in brackets
     block_size: int | None = knob(None, "longest context in tokens (scratch: 1024)")
@@ -59,7 +60,7 @@ class RunArguments:
     eval_tokens: int = knob(0, "tokens evaluated of each split; 0: all of val, and as many of train")
     eval_only: bool = knob(False, "evaluate and stop, without saving")
     log_interval: int = knob(10, "optimizer steps between entries in the log", at_least=1)
-    out_dir: str = knob(None, "folder for the model and its checkpoints (default: out/RECIPE)")
+    out_dir: str = knob(None, "folder for the model and its checkpoints (default: out/RECIPE)", path=True)
     always_save_checkpoint: bool = knob(True, "save the model after every evaluation; false: if val loss improved")
     save_interval: int = knob(None, "optimizer steps between checkpoints (default: eval_interval)", at_least=1)
     keep_checkpoints: int = knob(2, "newest checkpoints to keep", at_least=1)
@@ -97,6 +98,7 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Run
 
 if __name__ == "__main__":
     # before the imports below, which take seconds: --help and a mistyped flag are answered at once
+    begin_command("train_accelerate.py")
     ARGUMENTS = parse_arguments(sys.argv[1:])
 
 import itertools
@@ -114,7 +116,7 @@ from modeling_nanogpt.sources import adopt_tokenizer
 from modeling_nanogpt.training import checkpointing, describing, ending, fitting, hub, launching, monitoring, starting
 from modeling_nanogpt.training.hooks import NO_HOOKS, Hooks  # for tests and experiments
 from modeling_nanogpt.training.recording import StepRecord  # losses, left on the device
-from modeling_nanogpt.training.saving import Saver  # the model and its checkpoints
+from modeling_nanogpt.training.saving import Saver, start_saving  # the model and its checkpoints
 from modeling_nanogpt.training.signals import Signals  # Ctrl-C and SIGTERM stop, SIGUSR1 saves
 from tokenization.prepare import prepare  # text becomes tokens on disk
 from tokenization.vocabularies import load_tokenizer
@@ -185,7 +187,7 @@ def main(model_args: ModelArguments, data_args: DataArguments, run_args: RunArgu
     # --- Process, start, data: what is wrong with flags, start or text shows here, before training begins ------------
     try:
         trackers = monitoring.choose_trackers(run_args.report_to)
-        accelerator = launching.start_accelerator(run_args.dtype, run_args.attn_implementation)
+        accelerator = launching.start_accelerator(run_args.dtype, run_args.attn_implementation, run_args.compile)
         step_windows = fitting.windows_in_step(run_args, accelerator)
         check_optimizer(run_args.optimizer, sharded=accelerator.distributed_type == "FSDP")
 
@@ -198,7 +200,8 @@ def main(model_args: ModelArguments, data_args: DataArguments, run_args: RunArgu
             start = starting.start_from_checkpoint(checkpoint, recipe)  # goes on as if it had never stopped
         else:
             start = starting.start_from_model(model_args.init_from, model_args.revision, recipe)  # fine-tuning
-        starting.check_out_dir(out_dir, start.checkpoint, overwrites=saves)  # it may hold an unfinished run
+        # out_dir may hold an unfinished run, or one that is still at work
+        launching.main_first(lambda: starting.check_out_dir(out_dir, start.checkpoint, overwrites=saves))
 
         model_tokenizer = None
         if start.carries_tokenizer:  # the data must have the tokens that the model knows
@@ -208,9 +211,9 @@ def main(model_args: ModelArguments, data_args: DataArguments, run_args: RunArgu
         starting.check_data(start, data.record, data.folder)
         if run_args.prepare_only:
             return
-        pusher = launching.main_first(lambda: hub.start_pusher(run_args, out_dir, accelerator)) if saves else None
+        pusher = launching.main_first(lambda: start_saving(run_args, out_dir, accelerator)) if saves else None
     except ValueError as mistake:
-        sys.exit(f"train_accelerate.py: error: {mistake}")
+        sys.exit(f"train_accelerate.py: error: {one_line(mistake)}")
     config, state = start.config, start.state  # the model's shape, and how far the run has come
     train, val = data.stream("train"), data.stream("val")  # tokens on disk, read without copying
 

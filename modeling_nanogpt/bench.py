@@ -24,6 +24,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from command_start import begin_command
+
 from .command_line import CommandParser
 
 parser = CommandParser("modeling_nanogpt.bench", usage="train RECIPE | sample MODEL [--flag ...]", description=__doc__)
@@ -42,6 +44,7 @@ parser.add_number("--rounds", 3, "turns of each peer", at_least=1)
 parser.add_argument("--json", action="store_true", help="print the results as JSON")
 
 if __name__ == "__main__":
+    begin_command(parser.prog)
     arguments = parser.parse(sys.argv[1:])
 
 import numpy as np

@@ -6,13 +6,17 @@ Nothing here imports torch or transformers, which takes seconds: a command reads
 import argparse
 import difflib
 import math
+import os
 from typing import NoReturn
 
 
 class CommandParser(argparse.ArgumentParser):
-    """The arguments of `python -m MODULE`. Flags are never abbreviated; a mistake is one line and exit status 2."""
+    """The arguments of `python -m MODULE`. Flags are never abbreviated; a mistake is one line and exit status 2.
 
-    def __init__(self, module: str, *, usage: str, description: str | None):
+    `instead` says for flags of nanoGPT that are missing here what to use instead.
+    """
+
+    def __init__(self, module: str, *, usage: str, description: str | None, instead: dict[str, str] | None = None):
         layout = lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32)  # noqa: E731
         command = f"python -m {module}"
         super().__init__(
@@ -22,7 +26,12 @@ class CommandParser(argparse.ArgumentParser):
             formatter_class=layout,
             allow_abbrev=False,
         )
+        self.instead = instead or {}
         self.bounds: dict[str, tuple[float, float]] = {}  # flag -> least number, and what all numbers are below
+
+    def add_path(self, name: str, **options) -> None:
+        """An argument that may name a file or folder. A shell leaves the ~ of `--tokenizer=~/folder` as it is."""
+        self.add_argument(name, type=os.path.expanduser, **options)
 
     def add_number(
         self, flag: str, default: float, help: str, *, at_least: float = 0, below: float = math.inf
@@ -52,8 +61,13 @@ class CommandParser(argparse.ArgumentParser):
         if not word.startswith("--"):
             return f"unexpected {word!r}: --help shows how the command is used"
         flag = word.split("=")[0]
+        if flag in self.instead:
+            return f"{flag} is a flag of nanoGPT: {self.instead[flag]}"
         (nearest,) = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0)
         return f"unknown flag {flag}: did you mean {nearest}? --help lists all of them"
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+        line = " ".join(message.split())
+        if len(line) > 1000:  # it quotes very much
+            line = f"{line[:500]} … {line[-500:]}"
+        self.exit(2, f"{self.prog}: error: {line}\n")

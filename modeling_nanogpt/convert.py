@@ -29,17 +29,17 @@ from contextlib import contextmanager
 from functools import reduce
 from pathlib import Path
 
+from command_start import begin_command
+
 from .command_line import CommandParser
 
 parser = CommandParser("modeling_nanogpt.convert", usage="SOURCE DESTINATION [--flag VALUE ...]", description=__doc__)
-parser.add_argument("source", metavar="SOURCE", help="folder, Hub id or ckpt.pt to read")
-parser.add_argument("destination", metavar="DESTINATION", type=Path, help="new folder to write")
+parser.add_path("source", metavar="SOURCE", help="folder, Hub id or ckpt.pt to read")
+parser.add_path("destination", metavar="DESTINATION", help="new folder to write")
 parser.add_argument(
     "--to", choices=("nanogpt", "gpt2", "ckpt"), default="nanogpt", help="format to write (default: %(default)s)"
 )
-parser.add_argument(
-    "--tokenizer", metavar="NAME", help="folder or Hub id of the tokenizer (default: the source's own)"
-)
+parser.add_path("--tokenizer", metavar="NAME", help="folder or Hub id of the tokenizer (default: the source's own)")
 parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a Hub id (default: main)")
 
 
@@ -48,6 +48,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    begin_command(parser.prog)
     arguments = parse_arguments()
 
 import torch
@@ -185,7 +186,8 @@ def main(arguments: argparse.Namespace) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        convert(arguments.source, arguments.destination, arguments.to, arguments.tokenizer, arguments.revision)
+        destination = Path(arguments.destination)
+        convert(arguments.source, destination, arguments.to, arguments.tokenizer, arguments.revision)
     except ValueError as mistake:
         parser.error(str(mistake))
     print(f"{arguments.destination} holds {arguments.source} as {arguments.to}")

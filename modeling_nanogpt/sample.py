@@ -14,10 +14,19 @@ import sys
 import time
 from pathlib import Path
 
+from command_start import begin_command
+
 from .command_line import CommandParser
 
-parser = CommandParser("modeling_nanogpt.sample", usage="MODEL [--flag VALUE ...]", description=__doc__)
-parser.add_argument("model", metavar="MODEL", help="folder or Hub id of the model")
+MODEL = "name the model without a flag"
+NOT_NEEDED = "it is not needed, because the command uses a GPU if the machine has one"
+NANOGPT_FLAGS = {"--start": "use --prompt", "--out_dir": MODEL, "--init_from": MODEL}
+NANOGPT_FLAGS |= dict.fromkeys(["--device", "--dtype", "--compile"], NOT_NEEDED)
+
+parser = CommandParser(
+    "modeling_nanogpt.sample", usage="MODEL [--flag VALUE ...]", description=__doc__, instead=NANOGPT_FLAGS
+)
+parser.add_path("model", metavar="MODEL", help="folder or Hub id of the model")
 parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a Hub id (default: main)")
 parser.add_argument("--prompt", metavar="TEXT", help="text to continue, or FILE:path (default: a newline)")
 parser.add_number("--num_samples", 3, "number of samples", at_least=1)
@@ -35,7 +44,7 @@ def parse_arguments() -> argparse.Namespace:
     if arguments.revision and Path(arguments.model).exists():
         parser.error(f"--revision={arguments.revision} is for a Hub id, but {arguments.model} is on this machine")
     if (arguments.prompt or "").startswith("FILE:"):
-        arguments.prompt = read_prompt(Path(arguments.prompt.removeprefix("FILE:")))
+        arguments.prompt = read_prompt(Path(arguments.prompt.removeprefix("FILE:")).expanduser())
     if arguments.prompt == "":
         parser.error("--prompt is empty: a model needs at least one token to continue")
     return arguments
@@ -52,6 +61,7 @@ def read_prompt(path: Path) -> str:
 
 
 if __name__ == "__main__":
+    begin_command(parser.prog)
     arguments = parse_arguments()
 
 from collections.abc import Iterator
@@ -116,16 +126,25 @@ def main(arguments: argparse.Namespace) -> None:
     set_seed(arguments.seed)
     rows = 1 if arguments.stream else arguments.num_samples
     started, count = time.perf_counter(), 0
-    for _ in range(arguments.num_samples // rows):
-        tokens = continue_prompt(
-            model,
-            prompt.expand(rows, -1).to(model.device),  # (B, T)
-            arguments.max_new_tokens,
-            temperature=arguments.temperature,
-            top_k=arguments.top_k,
-            stride=arguments.stride,
+    try:
+        for _ in range(arguments.num_samples // rows):
+            tokens = continue_prompt(
+                model,
+                prompt.expand(rows, -1).to(model.device),  # (B, T)
+                arguments.max_new_tokens,
+                temperature=arguments.temperature,
+                top_k=arguments.top_k,
+                stride=arguments.stride,
+            )
+            count += rows * (
+                stream(tokenizer, prompt, tokens) if arguments.stream else show(tokenizer, prompt, tokens)
+            )
+    except RuntimeError as error:
+        if "probability" not in str(error):
+            raise
+        parser.error(
+            f"{arguments.model} predicts nan or inf, so it has diverged in training: take an earlier checkpoint"
         )
-        count += rows * (stream(tokenizer, prompt, tokens) if arguments.stream else show(tokenizer, prompt, tokens))
     seconds = time.perf_counter() - started
     print(f"{count:,} tokens in {seconds:.2f} s: {count / seconds:,.0f} tokens/s", file=sys.stderr)
 

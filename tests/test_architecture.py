@@ -13,8 +13,10 @@ import pytest
 from support import PATIENCE, ROOT
 
 ROOMS = ("modeling_nanogpt", "tokenization", "train_accelerate")
+ENTRY = "command_start"  # what the commands of all rooms begin with
 FILES = [
     ROOT / "train_accelerate.py",
+    ROOT / f"{ENTRY}.py",
     *sorted(ROOT.glob("modeling_nanogpt/**/*.py")),
     *sorted(ROOT.glob("tokenization/**/*.py")),
 ]
@@ -83,6 +85,14 @@ def test_the_model_knows_nothing_of_training_runs():
 
 def test_the_trainer_stands_on_both_rooms():
     assert rooms_used(ROOT / "train_accelerate.py") == {"modeling_nanogpt", "tokenization"}
+
+
+def test_what_commands_begin_with_stands_alone_and_only_commands_use_it():
+    assert {name.split(".")[0] for name in modules_used(ROOT / f"{ENTRY}.py")} <= set(sys.stdlib_module_names)
+    users = {name_of(path) for path in FILES if ENTRY in modules_used(path)}
+    commands = {name_of(path) for path in FILES if "\nif __name__ ==" in path.read_text(encoding="utf-8")}
+    commands.remove("modeling_nanogpt.bare_loop")  # `bench` starts it, and reads what it says
+    assert users == commands and len(commands) == 5
 
 
 def test_no_import_hides_from_these_tests():
@@ -290,7 +300,7 @@ def test_a_module_loads_no_room_that_it_may_not_import(imports, module):
     seen = json.loads((imports / f"{module}.json").read_text())
     room = module.split(".")[0]
     allowed = set(ROOMS) if room == "train_accelerate" else {room}
-    assert {room} <= {name.split(".")[0] for name in seen["modules"]} & set(ROOMS) <= allowed
+    assert {room} - {ENTRY} <= {name.split(".")[0] for name in seen["modules"]} & set(ROOMS) <= allowed
 
 
 @pytest.mark.parametrize("module", ["modeling_nanogpt", "tokenization.prepare", "train_accelerate"])

@@ -125,14 +125,20 @@ def test_a_run_whose_last_save_fails_exits_with_an_error(folder, tmp_path, last)
     assert newest_complete(tmp_path / "out").name == "step-00000010"
 
 
-def remount(disk, how):
-    subprocess.run(["mount", "-o", f"remount,{how}", disk], check=True)
+def make_read_only(out_dir):
+    """As when a disk has an error. A remount of the disk itself would fail, because the run keeps its lock open."""
+    subprocess.run(["mount", "--bind", out_dir, out_dir], check=True)
+    subprocess.run(["mount", "-o", "remount,bind,ro", out_dir], check=True)
+
+
+def make_writable(out_dir):
+    subprocess.run(["umount", out_dir], check=True)
 
 
 def test_a_disk_that_becomes_read_only_stops_no_training(disk, folder, unbroken):
     out_dir = disk / "out"
     recipe, log = recipe_of(folder, **FLAGS), folder / "read-only.log"
-    before = ((at_step, 4, remount, str(disk), "ro"), (at_step, 11, remount, str(disk), "rw"))
+    before = ((at_step, 4, make_read_only, str(out_dir)), (at_step, 11, make_writable, str(out_dir)))
     assert finish(start(recipe, log, f"--out_dir={out_dir}", before=before)) == [0]
     assert len(lines_with("the checkpoint could not be saved (", log)) == 3  # after steps 6, 8 and 10
     assert len(lines_with("the model could not be saved (", log)) == 1
@@ -142,12 +148,12 @@ def test_a_disk_that_becomes_read_only_stops_no_training(disk, folder, unbroken)
 def test_a_disk_that_stays_read_only_keeps_the_last_good_state(disk, folder, unbroken):
     out_dir = disk / "out"
     recipe, log = recipe_of(folder, **FLAGS), folder / "read-only.log"
-    before = ((at_step, 4, remount, str(disk), "ro"),)
+    before = ((at_step, 4, make_read_only, str(out_dir)),)
     assert finish(start(recipe, log, f"--out_dir={out_dir}", before=before)) == [1]
     assert lines_with("train_accelerate.py: error: ", log)
     assert newest_complete(out_dir).name == "step-00000004"
     AutoModelForCausalLM.from_pretrained(out_dir)
-    remount(disk, "rw")
+    make_writable(out_dir)
     assert finish(start(recipe, log, f"--out_dir={out_dir}", "--init_from=resume")) == [0]
     assert_same_weights(out_dir, unbroken)
 

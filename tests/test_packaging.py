@@ -17,9 +17,9 @@ import pytest
 from support import PATIENCE, ROOT
 
 DECLARED = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-PACKAGES = [ROOT / "train_accelerate.py", *ROOT.glob("modeling_nanogpt/**/*.py"), *ROOT.glob("tokenization/**/*.py")]
+PACKAGES = [*ROOT.glob("*.py"), *ROOT.glob("modeling_nanogpt/**/*.py"), *ROOT.glob("tokenization/**/*.py")]
 SCRIPTS = [*ROOT.glob("docs/**/*.py"), *ROOT.glob("tests/**/*.py")]
-OURS = {"train_accelerate", "modeling_nanogpt", "tokenization", "hub_configs", "support"}
+OURS = {"train_accelerate", "command_start", "modeling_nanogpt", "tokenization", "hub_configs", "support"}
 # tests/conformance/ puts `suite` and `tests` on the path: transformers' own tests.
 OURS |= {"suite", "tests"}
 

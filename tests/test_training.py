@@ -38,6 +38,7 @@ def test_out_dir_is_a_whole_model_repository(run):
         "run.yaml",
         "history.jsonl",
         "checkpoints",
+        ".lock",  # empty; no upload takes hidden files
     }
 
 

@@ -189,7 +189,7 @@ def test_attention_that_cannot_be_trained_on_a_cpu_is_refused(refusal):
         ("fp16", "float32", ["dtype=float32", "mixed_precision=fp16"]),
         ("bf16", "float32", ["dtype=float32", "mixed_precision=bf16"]),
         ("bf16", "float16", ["dtype=float16", "mixed_precision=bf16"]),
-        ("fp16", "auto", ["float16", "CPU"]),
+        ("fp16", "auto", ["mixed_precision=fp16", "CPU", "--mixed_precision=no"]),
         ("fp8", "auto", ["mixed_precision=fp8", "bf16"]),
     ],
 )

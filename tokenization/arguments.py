@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 import types
 import typing
 from collections.abc import Callable
@@ -16,15 +17,20 @@ from typing import Any, Literal, NoReturn
 
 import yaml
 
+from .nanogpt_flags import INSTEAD
+
 TRUE, FALSE = ("true", "t", "yes", "y", "1"), ("false", "f", "no", "n", "0")
 
 
-def knob(default: Any, help: str, *, at_least: float = 0, below: float = math.inf, heading: str = "") -> Any:
+def knob(
+    default: Any, help: str, *, at_least: float = 0, below: float = math.inf, heading: str = "", path: bool = False
+) -> Any:
     """A flag as a field of a dataclass: its default, what `--help` says, and the bounds of a number.
 
     A number must be at least `at_least` and less than `below`. A `heading` begins a new group of flags in `--help`.
+    `path` says that the flag may name a file or folder.
     """
-    metadata = {"help": help, "at_least": at_least, "below": below, "heading": heading}
+    metadata = {"help": help, "at_least": at_least, "below": below, "heading": heading, "path": path}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -50,16 +56,19 @@ class DataArguments:
         "python-stdlib; a file of text, .jsonl, .json, .csv, .tsv or .parquet, also compressed or in a .zip or .tar; "
         "a folder or glob of them; an https:// file; a Hub dataset, or one that `datasets` saved; or token files: "
         "nanoGPT's train.bin and val.bin, or shards of llm.c. Without a corpus, data_dir must exist already",
+        path=True,
     )
     tokenizer: str = knob(
         "char",
         "char or bpe, made from the corpus; gpt2; a folder or Hub id with a tokenizer; or a text file, whose "
         "characters become the tokens",
+        path=True,
     )
     vocab_size: int = knob(4096, "number of tokens of a bpe tokenizer; other tokenizers ignore this flag")
     data_dir: str | None = knob(
         None,
         "folder for the tokens, which a later run finds again; without a corpus, perhaps a Hub id of a shared one",
+        path=True,
     )
     corpus_config: str = knob("", "configuration of a Hub dataset")
     corpus_split: str = knob("train", "split of a dataset to train on")
@@ -82,9 +91,6 @@ class DataArguments:
     )
 
     def __post_init__(self):
-        for flag in ("corpus", "tokenizer", "data_dir"):
-            if (getattr(self, flag) or "").startswith("~"):
-                setattr(self, flag, os.path.expanduser(getattr(self, flag)))
         self.corpus = self.corpus or None
         if self.tokenizer == "bpe" and self.vocab_size < 257:
             raise ValueError(f"vocab_size={self.vocab_size}, but bpe needs at least 257: 256 bytes and <|endoftext|>")
@@ -131,6 +137,8 @@ class FlagParser(argparse.ArgumentParser):
         values, unknown = self.parse_known_args(argv)
         if unknown:
             flag = unknown[0]
+            if flag.endswith((".yaml", ".yml")):
+                self.error(f"unexpected {flag!r}: at most one recipe stands before the flags, which are --key=value")
             if not flag.startswith("--"):
                 self.error(f"unexpected {flag!r}: flags are written --key=value")
             self.error(self.explain_unknown(flag[2:].split("=")[0]))
@@ -149,7 +157,7 @@ class FlagParser(argparse.ArgumentParser):
         """
         recipe, flags = default, argv
         if argv and not argv[0].startswith("-"):
-            recipe, flags = Path(argv[0]), argv[1:]
+            recipe, flags = Path(argv[0]).expanduser(), argv[1:]
             ours = default.parent.parent / recipe
             if not recipe.exists() and ours.parent == default.parent and ours.exists():
                 recipe = ours
@@ -164,6 +172,8 @@ class FlagParser(argparse.ArgumentParser):
         Raises ValueError if the file is not a recipe. If there is no such file, the message names the recipes in the
         folder `recipes`.
         """
+        if path.suffix == ".py":
+            raise ValueError(" is Python, as in nanoGPT: here a recipe is YAML, one `key: value` a line")
         try:
             root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
         except OSError:
@@ -188,7 +198,7 @@ class FlagParser(argparse.ArgumentParser):
         return [f"--{key}={value.value}" for key, value in flags.items() if value.tag != null]
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+        self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
     @property
     def keys(self) -> list[str]:
@@ -197,8 +207,17 @@ class FlagParser(argparse.ArgumentParser):
 
     def explain_unknown(self, key: str) -> str:
         """What to say about a key that is not the name of a flag."""
+        if key in INSTEAD:
+            return f"{key} is a flag of nanoGPT: {INSTEAD[key]}"
         (nearest,) = difflib.get_close_matches(key, self.keys, n=1, cutoff=0)
         return f"unknown key {key!r}: did you mean {nearest!r}? --help lists all of them"
+
+
+def one_line(message: object, longest: int = 1000) -> str:
+    """A message as one line. If it quotes so much that it is too long, its middle is left out."""
+    line = " ".join(str(message).split())
+    half = longest // 2
+    return line if len(line) <= longest else f"{line[:half]} … {line[-half:]}"
 
 
 def flag_options(field: dataclasses.Field, kind: Any) -> dict:
@@ -213,7 +232,7 @@ def flag_options(field: dataclasses.Field, kind: Any) -> dict:
         return {"help": help, "choices": typing.get_args(kind)}
     if kind is bool:  # `--compile` alone is true
         return {"help": help, "metavar": "true|false", "type": read_bool, "nargs": "?", "const": True}
-    read: dict[type, Callable] = {int: read_int, float: read_float, str: str}
+    read: dict[type, Callable] = {int: read_int, float: read_float, str: read_path if field.metadata["path"] else str}
     names = {int: "N", float: "X", str: "TEXT"}
     return {"help": help, "metavar": names[kind], "type": read[kind]}
 
@@ -236,3 +255,17 @@ def read_float(text: str) -> float:
         return float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+
+
+def read_path(text: str) -> str:
+    """A path as a shell would expand it, because no shell does so in a recipe or after `--out_dir=`."""
+    path = os.path.expanduser(os.path.expandvars(text))
+    if unset := re.search(r"\$(\w+|\{\w+\})", path):
+        raise argparse.ArgumentTypeError(f"{text!r}: the environment has no variable {unset[1].strip('{}')}")
+    try:
+        path.encode(), os.fsencode(path)
+    except UnicodeEncodeError:  # Python knows its bytes, but the libraries that write files cannot spell it
+        raise argparse.ArgumentTypeError(
+            f"{path!r} cannot be spelled in UTF-8 or in this locale: set PYTHONUTF8=1, or take a name in ASCII"
+        ) from None
+    return path

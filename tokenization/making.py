@@ -33,6 +33,7 @@ from .encoders import Encoder, count_bytes, make_encoder
 from .provenance import RECORD, asked_for, check_length
 from .vocabularies import END_OF_TEXT, check_tokens, named_tokenizer, train_bpe_tokenizer, train_char_tokenizer
 from .windows import TokenStream, views_of
+from .workers import leave_if_worker, watched_workers
 
 SHARD = 2**25  # characters, or ids, that are read before they are tokenized: what a kill can cost, seconds of work
 STRETCH = 2**21  # characters that map hands to the encoder at a time
@@ -54,10 +55,11 @@ def make_data_dir(
 
     If another run is making it, wait until it has. Raises ValueError if it cannot be made.
     """
+    leave_if_worker()
     staging = data_dir.with_name(data_dir.name + ".partial")
     new_parents = [parent for parent in staging.parents if not parent.exists()]
     try:
-        with locked_folder(staging), calm():
+        with locked_folder(staging), calm(), watched_workers():
             if not (data_dir / RECORD).exists():  # else the run that was waited for has made it
                 fill(staging, corpus, arguments, minimum_tokens, model_tokenizer)
                 if data_dir.exists():
@@ -456,11 +458,9 @@ def calm() -> Iterator[None]:
         signal.signal(signal.SIGINT, interrupt)
     try:
         yield
-    except Exception as error:
+    except Exception:
         if interrupted:  # on its way out, `datasets` may raise something else
             raise KeyboardInterrupt from None
-        if isinstance(error, RuntimeError) and "abruptly died" in str(error):
-            raise OSError("a process that tokenizes was killed, for want of memory? Take a smaller num_proc") from None
         raise
     finally:
         datasets.logging.set_verbosity(level)

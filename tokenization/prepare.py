@@ -5,6 +5,7 @@
 The data_dir holds the splits `train` and `val` as `datasets` saves them (one column, `input_ids`), tokenizer.json,
 tokenizer_config.json, and prepared.json: what it was made from, and how many tokens and bytes each split has.
 """
+# ruff: noqa: E402 -- a command begins before it imports what takes a while
 
 from __future__ import annotations
 
@@ -13,6 +14,11 @@ import sys
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from command_start import begin_command
+
+if __name__ == "__main__":
+    begin_command("python -m tokenization.prepare")  # the imports below take a while
 
 from .arguments import DataArguments, FlagParser, knob
 from .provenance import RECORD, check_length, check_record, read_record

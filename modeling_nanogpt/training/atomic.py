@@ -4,19 +4,26 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
-def check_writable(folder: Path) -> None:
-    """Raise ValueError if a folder, or its nearest parent that exists, cannot be written. Leaves no trace."""
-    path = folder.absolute()
-    nearest = next(place for place in (path, *path.parents) if place.exists())
-    try:
-        with tempfile.TemporaryFile(dir=nearest):
-            pass
-    except OSError as error:
-        raise ValueError(f"out_dir={folder} cannot be written ({error.strerror}): give another --out_dir") from None
+def check_writable(out_dir: Path, *below: Path) -> None:
+    """Raise ValueError if out_dir, or a folder below it, cannot be written. Leaves no trace.
+
+    If a folder is not there yet, its nearest parent must be such that the folder can be made.
+    """
+    for folder in (out_dir, *below):
+        path = folder.absolute()
+        nearest = next(place for place in (path, *path.parents) if os.path.lexists(place))  # or a link to nowhere
+        try:
+            with suppress(FileNotFoundError):
+                path.lstat()  # fails if the name is too long, for example
+            with tempfile.TemporaryFile(dir=nearest):
+                pass
+        except OSError as error:
+            reason = error.strerror if folder == out_dir else f"{folder}: {error.strerror}"
+            raise ValueError(f"out_dir={out_dir} cannot be written ({reason}): give another --out_dir") from None
 
 
 @contextmanager
@@ -55,8 +62,16 @@ def folder_written_aside(folder: Path) -> Iterator[Path]:
 
 
 def flush(path: Path) -> None:
-    """Wait until a file, or the list of names in a folder, is on the disk. Only then may a rename make it count."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Wait until a file, or the list of names in a folder, is on the disk. Only then may a rename make it count.
+
+    Windows flushes a file only if it may be written, and does not open a folder at all.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    except PermissionError:
+        if path.is_dir():
+            return
+        raise
     try:
         os.fsync(descriptor)
     finally:

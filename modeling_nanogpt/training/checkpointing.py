@@ -47,6 +47,10 @@ class TrainState:
     nonfinite: int = 0
     scaler: dict = dataclasses.field(default_factory=dict)
 
+    def __post_init__(self):
+        if self.best_val_loss is None:  # what to_json makes of infinity
+            self.best_val_loss = math.inf
+
 
 def gather_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict:
     """The weights and the optimizer's state by parameter name, whole and on the CPU. Every process takes part.
@@ -72,9 +76,22 @@ def write_checkpoint(out_dir: Path, state: TrainState, tensors: dict, run: dict)
         with open(staging / TENSORS, "wb") as file:
             torch.save(tensors, file)
         content = {"train_state": dataclasses.asdict(state), "run": run, "bytes": (staging / TENSORS).stat().st_size}
-        (staging / STATE).write_text(json.dumps(content), encoding="utf-8")
+        (staging / STATE).write_text(to_json(content), encoding="utf-8")
         if folder.exists():
             remove_checkpoint(folder)
+
+
+def to_json(value) -> str:
+    """A value as JSON, in which null stands for a number that is not finite: JSON has no NaN and no infinity."""
+    return json.dumps(finite(value), allow_nan=False)
+
+
+def finite(value):
+    if isinstance(value, dict):
+        return {key: finite(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def name_checkpoint(step: int) -> str:

@@ -1,10 +1,12 @@
 """How a run ended: it finished, a signal stopped it, or it failed."""
 
+import math
 import sys
 
 from accelerate import Accelerator
 
 from .checkpointing import TrainState, newest_complete
+from .holding import let_go
 from .saving import Saver
 
 
@@ -16,6 +18,9 @@ def end_run(accelerator: Accelerator, saver: Saver, state: TrainState, *, stoppe
     out_dir, pusher = saver.out_dir, saver.pusher
     if failure:
         failure += f"; the last good checkpoint: {newest_complete(out_dir) or 'none yet'}"
+    val_loss = next((entry["val_loss"] for entry in reversed(state.history) if "val_loss" in entry), math.nan)
+    if not failure and not stopped_by and not math.isfinite(val_loss):
+        failure = f"training has diverged (val loss {val_loss}): lower --learning_rate, or set --grad_clip=1"
     failure = failure or saver.failure
     if not failure and stopped_by:
         accelerator.print(f"stopped by a signal after step {state.step}; --init_from=resume goes on from there")
@@ -27,6 +32,7 @@ def end_run(accelerator: Accelerator, saver: Saver, state: TrainState, *, stoppe
     accelerator.end_training()
     if pusher:  # at the very end, because a push may take longer than processes wait for each other
         pusher.finish(f"step {state.step}: stopped" if stopped_by else None)
+    let_go(out_dir)
     if failure:
         sys.exit(f"train_accelerate.py: error: {failure}")
     if stopped_by:

@@ -7,7 +7,10 @@ from datetime import timedelta
 import psutil
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, broadcast_object_list, parse_flag_from_env
+
+from ..sources import first_line
 
 PATIENCE = timedelta(days=1)  # how long the other processes wait while the main one prepares billions of tokens
 # how the processes of each kind train together
@@ -20,17 +23,31 @@ TOGETHER = {
 }
 
 
-def start_accelerator(dtype: str, attention: str) -> Accelerator:
-    """The Accelerator of this process. Raises ValueError if something else would run than what was launched."""
+def start_accelerator(dtype: str, attention: str, compiles: bool) -> Accelerator:
+    """The Accelerator of this process. Raises ValueError if something else would run than what was launched.
+
+    `compiles` says whether the model will be compiled.
+    """
+    tasks = os.environ.get("SLURM_NTASKS", "1")
+    if tasks != "1" and "SLURM_PROCID" in os.environ and "WORLD_SIZE" not in os.environ:
+        raise ValueError(
+            f"SLURM_NTASKS={tasks}, but each of these tasks would train alone: let srun start torchrun or accelerate "
+            "launch, once on each machine (--ntasks-per-node=1); for a run of one process, unset SLURM_NTASKS"
+        )
     for other in ("DEEPSPEED", "MEGATRON_LM"):
         if parse_flag_from_env(f"ACCELERATE_USE_{other}"):
             raise ValueError(f"accelerate launch asks for {other}: use DDP or FSDP2, as in hub_configs/accelerate")
     if parse_flag_from_env("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION", "1") != "2":
         raise ValueError("accelerate launch asks for FSDP 1: set fsdp_version: 2 in its configuration")
+    # a notebook's earlier run may have had another precision, to which Accelerate would hold this one
+    AcceleratorState._reset_state()
     launched_by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PATIENCE)
     if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper() != "NO":
-        raise ValueError("accelerate launch asks for a dynamo backend: leave it out, and use --compile=true")
+        raise ValueError(
+            "accelerate launch asks for a dynamo backend: give accelerate launch --dynamo_backend=no, or take it out "
+            "of its configuration; --compile=true compiles the model"
+        )
     accelerator = Accelerator(
         mixed_precision=choose_precision(dtype, attention, state.device),
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
@@ -55,7 +72,20 @@ def start_accelerator(dtype: str, attention: str) -> Accelerator:
         torch.set_num_threads(max(1, (psutil.cpu_count(logical=False) or 1) // accelerator.num_processes))
     if accelerator.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # products of float32 matrices use TF32
+    if compiles:
+        check_compiler(accelerator.device)
     return accelerator
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise ValueError if torch.compile does not work: it needs a C++ compiler, on a GPU also Triton and more."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+    except Exception as error:  # torch raises many kinds
+        raise ValueError(
+            f"compile=true, but torch cannot compile here ({first_line(error)[:300]}): install a C++ compiler such as "
+            "g++, or leave out --compile"
+        ) from None
 
 
 def main_first(call: Callable):
@@ -85,7 +115,8 @@ def choose_precision(dtype: str, attention: str, device: torch.device) -> str:
     if dtype != "auto":
         if launched not in ("no", names[dtype]):
             raise ValueError(
-                f"dtype={dtype}, but accelerate launch asks for mixed_precision={launched}: drop one of them"
+                f"dtype={dtype}, but accelerate launch asks for mixed_precision={launched}: leave out --dtype, or "
+                f"give accelerate launch --mixed_precision={names[dtype]}"
             )
         precision = names[dtype]
     elif launched == "no" and device.type == "cuda":
@@ -97,6 +128,11 @@ def choose_precision(dtype: str, attention: str, device: torch.device) -> str:
             "attn_implementation=flex_attention trains on a GPU only: use --attn_implementation=sdpa or eager"
         )
     if precision == "fp16" and device.type == "cpu":
+        if launched == "fp16":  # perhaps by the file that `accelerate config` has written
+            raise ValueError(
+                "accelerate launch asks for mixed_precision=fp16, which needs a GPU: on a CPU give accelerate launch "
+                "--mixed_precision=no or bf16"
+            )
         raise ValueError("dtype=float16 needs a GPU: on a CPU use --dtype=float32 or --dtype=bfloat16")
     return precision
 

@@ -85,6 +85,8 @@ class Log:
         state = self._state
         self._record({"step": state.step, "eval_train_loss": train_loss, "val_loss": val_loss})
         self.say(f"step {state.step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
+        if not math.isfinite(val_loss):
+            self.say(f"step {state.step}: training has diverged; a lower --learning_rate or --grad_clip=1 may help")
         improved = val_loss < state.best_val_loss  # NaN never is
         if improved:
             state.best_val_loss = val_loss

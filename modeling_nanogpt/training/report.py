@@ -1,6 +1,5 @@
 """What a person sees of a run beside its weights: the model card, samples, the plot of the losses, and the log."""
 
-import json
 import math
 import re
 import subprocess
@@ -17,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from ..decoding import continue_prompt, opening
 from ..modeling_nanogpt import NanoGPTForCausalLM
 from ..throughput import flops_per_token
+from .checkpointing import to_json
 from .describing import RunFacts
 
 METRICS = {
@@ -45,7 +45,7 @@ class Report:
         if earlier.is_file():
             card = with_notes(card, notes_of(earlier.read_text(encoding="utf-8")))
         (folder / "README.md").write_text(card, encoding="utf-8")
-        lines = "".join(json.dumps(entry) + "\n" for entry in history)
+        lines = "".join(to_json(entry) + "\n" for entry in history)
         (folder / "history.jsonl").write_text(lines, encoding="utf-8")
         flags = yaml.safe_dump(self.facts.recipe, sort_keys=False, allow_unicode=True)
         (folder / "run.yaml").write_text(flags, encoding="utf-8")
@@ -154,7 +154,7 @@ def find_commit() -> str | None:
     commit = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:
         for command in (tracked, commit):
-            git = subprocess.run(command, cwd=here.parent, check=True, capture_output=True, text=True)
+            git = subprocess.run(command, cwd=here.parent, check=True, capture_output=True, encoding="utf-8")
     except (OSError, subprocess.CalledProcessError):
         return None
     return git.stdout.strip()
@@ -168,7 +168,8 @@ def draw_samples(model: NanoGPTForCausalLM, tokenizer: PreTrainedTokenizerBase) 
     """Three texts that follow a newline, up to 100 tokens each, at temperature 0.8 among the 200 likeliest tokens.
 
     If the weights are sharded, all processes must call this. The generator is its own: the same weights give the same
-    texts on the same device, and training goes on as if nothing had been drawn.
+    texts on the same device, and training goes on as if nothing had been drawn. A model that has diverged, so that it
+    predicts no numbers, gives no texts.
     """
     was_training = model.training
     model.eval()
@@ -182,7 +183,12 @@ def draw_samples(model: NanoGPTForCausalLM, tokenizer: PreTrainedTokenizerBase) 
             top_k=200,
             generator=torch.Generator(model.device).manual_seed(1337),
         )
-        rows = torch.stack(list(tokens), dim=1).tolist()  # (3, N)
+        try:
+            rows = torch.stack(list(tokens), dim=1).tolist()  # (3, N)
+        except RuntimeError as error:
+            if "probability" not in str(error):
+                raise
+            rows = []
     model.train(was_training)
     texts: list[str] = []
     for row in rows:
@@ -211,7 +217,7 @@ def plot_losses(path: Path, history: list[dict], step_tokens: int) -> None:
 
     last_step = max(entry["step"] for entry in history)
     points = {  # for each kind of loss, the finite ones
-        key: [(entry["step"], entry[key]) for entry in history if math.isfinite(entry.get(key, math.nan))]
+        key: [(entry["step"], entry[key]) for entry in history if math.isfinite(entry.get(key) or math.nan)]
         for key in ("loss", "eval_train_loss", "val_loss")
     }
     shown = [loss for kind in points.values() for step, loss in kind if step > last_step / 20 or last_step == 0]

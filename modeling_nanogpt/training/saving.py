@@ -16,9 +16,16 @@ from ..sources import first_line
 from .atomic import files_written_aside
 from .checkpointing import TrainState, gather_tensors, save_checkpoint
 from .describing import RunFacts
-from .hub import Pusher
+from .holding import hold
+from .hub import Pusher, start_pusher
 from .report import Report, draw_samples, find_commit
 from .starting import superseded_by
+
+
+def start_saving(flags, out_dir: Path, accelerator: Accelerator) -> Pusher | None:
+    """Hold out_dir against other runs, and start the pusher, if there is to be one. Raises ValueError if one fails."""
+    hold(out_dir)
+    return start_pusher(flags, out_dir, accelerator)
 
 
 class Saver:

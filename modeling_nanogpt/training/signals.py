@@ -1,13 +1,16 @@
-"""Signals are requests that the loop fulfils between two steps: SIGTERM and SIGINT to stop, SIGUSR1 to save."""
+"""Signals are requests that the loop fulfils between two steps: SIGTERM, SIGINT, SIGHUP to stop, SIGUSR1 to save."""
 
 import os
 import signal
+import threading
 import time
+from contextlib import suppress
 
 import torch
 
-STOPPING = (signal.SIGTERM, signal.SIGINT)
-SAVING = (signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()  # Windows has no SIGUSR1
+# a terminal that is closed sends SIGHUP; Windows has neither SIGHUP nor SIGUSR1
+STOPPING = (signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
+SAVING = (signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()
 
 
 class Signals:
@@ -19,7 +22,7 @@ class Signals:
     def __init__(self):
         self.stop, self.save = 0, False
         self._stop, self._stopped_at, self._save = 0, 0.0, False
-        self._before = {number: signal.signal(number, self._receive) for number in STOPPING + SAVING}
+        self._before = {number: signal.signal(number, self._receive) for number in signals_to_receive()}
         # a group of its own on the CPU: through the GPUs' group, each poll would wait for the device
         self._group = torch.distributed.new_group(backend="gloo") if torch.distributed.is_initialized() else None
 
@@ -29,7 +32,8 @@ class Signals:
         elif not self._stop:
             self._stop, self._stopped_at = number, time.monotonic()
             line = f"\n{signal.Signals(number).name}: saving after this step; again to quit at once\n"
-            os.write(2, line.encode())  # print would fail if the signal has interrupted another print
+            with suppress(OSError):  # Ctrl-C may have ended the `tee` that reads this, before it came here
+                os.write(2, line.encode())  # print would fail if the signal has interrupted another print
         elif time.monotonic() - self._stopped_at > 1:  # within a second, a launcher passes on the first signal
             os._exit(128 + number)
 
@@ -48,3 +52,11 @@ class Signals:
         """From here on, signals do what they did before."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+
+def signals_to_receive() -> list[signal.Signals]:
+    """The signals that can come to this process. Python gives them to its main thread alone: a notebook's, perhaps."""
+    if threading.current_thread() is not threading.main_thread():
+        return []
+    # `nohup` lets a process ignore SIGHUP
+    return [number for number in STOPPING + SAVING if signal.getsignal(number) is not signal.SIG_IGN]

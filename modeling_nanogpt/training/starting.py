@@ -1,6 +1,7 @@
 """Where a run starts: from scratch, from the checkpoint of a run that stopped, or from a trained model."""
 
 import dataclasses
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -8,7 +9,16 @@ from ..configuration_nanogpt import NanoGPTConfig
 from ..modeling_nanogpt import NanoGPTForCausalLM
 from ..sources import check_given, choose_config, open_source
 from .atomic import check_writable
-from .checkpointing import CHECKPOINTS, TrainState, list_checkpoints, newest_complete, read_checkpoint, read_tensors
+from .checkpointing import (
+    CHECKPOINTS,
+    STATE,
+    TrainState,
+    list_checkpoints,
+    newest_complete,
+    read_checkpoint,
+    read_tensors,
+)
+from .holding import check_free
 
 # flags that are keys of NanoGPTConfig
 SHAPE = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias", "activation_function")
@@ -75,8 +85,9 @@ def given_shape(recipe: dict) -> dict:
 def find_checkpoint(init_from: str, out_dir: Path) -> Path | None:
     """The checkpoint that init_from means, or None if it means something else.
 
-    `resume` means the newest complete checkpoint in out_dir. Raises ValueError if there is none, or if the named
-    checkpoint is not complete.
+    `resume` means the newest complete checkpoint in out_dir. A folder is a checkpoint if it holds a checkpoint's
+    state.json, or if its name is a checkpoint's: models may lie in a folder called checkpoints, too. Raises ValueError
+    if there is no checkpoint to resume, or if the named one is not complete.
     """
     if init_from == "resume":
         folder = newest_complete(out_dir)
@@ -87,7 +98,8 @@ def find_checkpoint(init_from: str, out_dir: Path) -> Path | None:
             )
     else:
         folder = Path(init_from)
-        if folder.parent.name != CHECKPOINTS:
+        named_so = folder.parent.name == CHECKPOINTS and re.fullmatch(r"step-\d+", folder.name)
+        if not named_so and not (folder / STATE).is_file():
             return None
     try:
         read_checkpoint(folder)
@@ -150,7 +162,9 @@ def check_out_dir(out_dir: Path, checkpoint: Path | None, overwrites: bool) -> N
 
     `checkpoint` is what this run goes on from, if anything.
     """
-    check_writable(out_dir)
+    check_writable(out_dir, out_dir / CHECKPOINTS)  # where saving will write
+    if overwrites:
+        check_free(out_dir)
     folder = newest_complete(out_dir)
     if not overwrites or folder is None or is_within(checkpoint, out_dir):
         return
