@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 from types import TracebackType
-from typing import TextIO
+from typing import Any, TextIO
 
 
 class LossyFile(io.RawIOBase):
@@ -18,7 +18,7 @@ class LossyFile(io.RawIOBase):
 
     def __init__(self, stream: io.TextIOWrapper):
         self._stream = stream  # would close what is below it, if nobody held it
-        self._raw = getattr(stream.buffer, "raw", stream.buffer)  # `python -u` has no buffer in between
+        self._raw: Any = getattr(stream.buffer, "raw", stream.buffer)  # `python -u` has no buffer in between
 
     def write(self, data) -> int:
         try:

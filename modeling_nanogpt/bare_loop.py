@@ -13,6 +13,7 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from .optimization import Schedule, make_optimizer
 from .sources import build_model
 
 
-def start_model(kind: str, folder: str, dropout: float) -> nn.Module:
+def start_model(kind: str, folder: str, dropout: float) -> Any:
     """The model in a folder, or a GPT2LMHeadModel that computes the same."""
     model = NanoGPTForCausalLM.from_pretrained(folder, dropout=dropout, dtype=torch.float32)
     if kind == "ours":

@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from command_start import begin_command
 
@@ -126,8 +127,10 @@ class Training:
             raise ValueError(f"{recipe} has optimizer={self.recipe['optimizer']}: give --flags=--optimizer=adamw")
         # a step with a learning rate of 0 saves the model that all peers start from in the check
         idle = ["--learning_rate=0", "--min_lr=0", "--weight_decay=0"]
-        self.ours(*idle, "--out_dir=" + str(folder / "start"), steps=1)
+        self.ours(*idle, steps=1, out="start")
         self.config = NanoGPTConfig.from_pretrained(folder / "start")
+        if self.config.vocab_size > 2**16:
+            raise ValueError(f"{recipe} has {self.config.vocab_size} tokens, but nanoGPT's files hold 65,536 at most")
         self.recipe |= {key: getattr(self.config, key) for key in SHARED if hasattr(self.config, key)}
         streams = load_from_disk(folder / "data")
         for name, length in (("bench", None), ("window", self.config.block_size + 1)):
@@ -138,14 +141,13 @@ class Training:
                 ids = streams[split].data.column("input_ids").combine_chunks().flatten().to_numpy()
                 ids[:length].astype(np.uint16).tofile(data / f"{split}.bin")
 
-    def ours(self, *flags: str, steps: int = 0, every: int = 10) -> dict:
+    def ours(self, *flags: str, steps: int = 0, every: int = 10, out: str = "ours") -> dict:
         """Our trainer. "milliseconds" of a step, as the means of `every` steps; "losses" likewise; what was "told"."""
-        steps, out_dir = steps or self.steps, self.folder / "ours"
+        steps, out_dir = steps or self.steps, self.folder / out
         shutil.rmtree(out_dir, ignore_errors=True)
         places = [f"--data_dir={self.folder / 'data'}", f"--out_dir={out_dir}"]
         length = [f"--max_iters={steps}", f"--eval_interval={steps}", "--eval_tokens=1", f"--log_interval={every}"]
         printed, _, _ = run(ROOT / "train_accelerate.py", *self.flags, *places, *length, *flags)
-        out_dir = Path(next((flag[10:] for flag in flags if flag.startswith("--out_dir=")), out_dir))
         lines = (out_dir / "history.jsonl").read_text(encoding="utf-8").splitlines()
         entries = [entry for entry in map(json.loads, lines) if "loss" in entry]
         tokens = self.step_tokens(out_dir)
@@ -158,7 +160,8 @@ class Training:
 
     def step_tokens(self, out_dir: Path) -> int:
         recipe = yaml.safe_load((out_dir / "run.yaml").read_text(encoding="utf-8"))
-        return recipe["batch_size"] * recipe["gradient_accumulation_steps"] * recipe["block_size"]
+        block_size = NanoGPTConfig.from_pretrained(out_dir).block_size
+        return recipe["batch_size"] * recipe["gradient_accumulation_steps"] * block_size
 
     def nanogpt(self, *flags: str, data: str = "bench", steps: int = 0) -> dict:
         """nanoGPT's train.py: eager float32 on a CPU, as its CPU recipe says, and its own defaults on a GPU."""
@@ -202,7 +205,7 @@ class Training:
         window, start = self.folder / "nanogpt" / "data" / "window", self.folder / "start"
         ours = [f"--corpus={window}", f"--tokenizer={start}", f"--data_dir={self.folder / 'one-window'}"]
         ours += [f"--init_from={start}", "--dropout=0", f"--lr_decay_iters={self.recipe['lr_decay_iters']}"]
-        float32 = {"data": "window", "steps": CHECKED, "dtype": "float32", "compiles": False}
+        float32: dict[str, Any] = {"data": "window", "steps": CHECKED, "dtype": "float32", "compiles": False}
         self.recipe["dropout"], dropout = 0.0, self.recipe["dropout"]
         expected = self.ours(*ours, "--dtype=float32", "--compile=false", steps=CHECKED, every=1)["losses"]
         found = {
