@@ -227,7 +227,7 @@ def test_a_worker_that_is_killed_is_one_line(corpora, tmp_path, command):
     child = command(*flags, worker_dies=True)
     assert child.result().returncode == 2
     (line,) = lines_of(child.result().stderr)
-    assert "a process that tokenizes was killed" in line and "num_proc" in line
+    assert "a process that tokenizes has died" in line and "num_proc" in line
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -412,7 +412,7 @@ def test_fsdp1_is_refused(folder, tmp_path):
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, ["FSDP 1", "fsdp_version: 2"]),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, ["DEEPSPEED", "DDP or FSDP2"]),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, ["MEGATRON_LM", "DDP or FSDP2"]),
-        ({"ACCELERATE_MIXED_PRECISION": "fp16", "ACCELERATE_USE_CPU": "true"}, ["float16", "GPU"]),
+        ({"ACCELERATE_MIXED_PRECISION": "fp16", "ACCELERATE_USE_CPU": "true"}, ["mixed_precision=fp16", "GPU"]),
     ],
     ids=lambda each: " ".join(each) if isinstance(each, dict) else "",
 )
