@@ -25,6 +25,13 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+if not __package__:  # in a model's folder, Python takes this file for the package of the same name
+    raise ImportError(
+        "modeling_nanogpt.py in this folder is the code of a model, not the package modeling_nanogpt: go to another "
+        "folder, or use an installed command such as nanogpt-sample",
+        name="modeling_nanogpt",
+    )
+
 from .configuration_nanogpt import NanoGPTConfig
 
 try:

@@ -209,6 +209,15 @@ def test_the_installed_commands_work_within_a_models_folder(run, tmp_path):
     assert run_in(model, sys.executable, script, ".", "--max_new_tokens=1")[0] == 0
 
 
+@pytest.mark.parametrize("command", ["sample", "convert"])
+def test_a_module_that_a_models_folder_hides_is_named_in_one_line(run, tmp_path, command):
+    model = shutil.copytree(run.out_dir, tmp_path / "model")
+    code, said = run_in(model, sys.executable, "-m", f"modeling_nanogpt.{command}", ".")
+    assert code == 1
+    (line,) = said.splitlines()
+    assert "not the package modeling_nanogpt" in line and "nanogpt-sample" in line
+
+
 @pytest.mark.parametrize("spoil", ["a file at checkpoints", "a link to nowhere"])
 def test_out_dir_is_tested_where_saving_will_write(folder, tmp_path, spoil):
     out_dir, log = tmp_path / "out", tmp_path / "log"
