@@ -6,6 +6,7 @@ hands out the tests to the others.
 
 import os
 import shutil
+import signal
 import tempfile
 
 import pytest
@@ -14,6 +15,9 @@ import pytest
 CACHE = tempfile.mkdtemp(prefix="tests-of-nanogpt-")
 os.environ |= {"HF_HOME": CACHE, "HF_HUB_OFFLINE": "1"}
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # fastest for models this small
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell has it for a job in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests send Ctrl-C to processes that they start
 
 
 def pytest_unconfigure():

@@ -104,7 +104,7 @@ def test_the_repository_is_the_folder(shared, first):
     repository = shared.model("alice/run")
     files = {path.relative_to(first / "out").as_posix(): path for path in (first / "out").rglob("*") if path.is_file()}
     pushed = {name: content for name, content in repository.files.items() if not name.startswith("last-checkpoint/")}
-    own = {name: path for name, path in files.items() if not name.startswith("checkpoints/")}
+    own = {name: path for name, path in files.items() if not name.startswith(("checkpoints/", ".lock"))}
     assert pushed == {name: path.read_bytes() for name, path in own.items()}
     needed = {"config.json", "model.safetensors", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
     needed |= {"configuration_nanogpt.py", "modeling_nanogpt.py", "README.md", "loss.png", "run.yaml", "history.jsonl"}

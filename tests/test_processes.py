@@ -399,7 +399,7 @@ def test_fsdp_that_would_not_run_is_refused(folder, tmp_path):
 
 
 def test_fsdp1_is_refused(folder, tmp_path):
-    line = refused(folder, tmp_path / "out", 2, SHARDED | {"FSDP_VERSION": "1"}, before=((take_cpus_for_gpus,),))
+    line = refused(folder, tmp_path / "out", 2, SHARDED | {"FSDP_VERSION": "1"})
     assert "FSDP 1" in line and "fsdp_version: 2" in line
 
 

@@ -1,6 +1,7 @@
 """Where a run starts: from scratch, from the checkpoint of a run that stopped, or from a trained model."""
 
 import dataclasses
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -99,7 +100,7 @@ def find_checkpoint(init_from: str, out_dir: Path) -> Path | None:
     else:
         folder = Path(init_from)
         named_so = folder.parent.name == CHECKPOINTS and re.fullmatch(r"step-\d+", folder.name)
-        if not named_so and not (folder / STATE).is_file():
+        if not named_so and not os.path.isfile(folder / STATE):  # Path raises an error if a name is too long
             return None
     try:
         read_checkpoint(folder)
