@@ -23,9 +23,10 @@ from .starting import superseded_by
 
 
 def start_saving(flags, out_dir: Path, accelerator: Accelerator) -> Pusher | None:
-    """Hold out_dir against other runs, and start the pusher, if there is to be one. Raises ValueError if one fails."""
-    hold(out_dir)
-    return start_pusher(flags, out_dir, accelerator)
+    """Start the pusher, if there is to be one, and hold out_dir against other runs. Raises ValueError if one fails."""
+    pusher = start_pusher(flags, out_dir, accelerator)
+    hold(out_dir)  # makes the folder, so this comes after what the Hub may refuse
+    return pusher
 
 
 class Saver:
