@@ -240,6 +240,13 @@ def test_training_windows_start_everywhere_and_end_within_the_stream(places, blo
     np.testing.assert_array_equal(windows, offsets[:, None] + np.arange(block_size + 1))  # none goes round
 
 
+def test_training_offsets_are_what_a_new_generator_draws():
+    for step in (3, 0, 10**9, 2, 3):  # whatever was drawn before
+        for seed in (7, 0, 2**32 - 1):
+            draws = np.random.Philox(key=seed, counter=[0, step, 0, 0]).random_raw(7) % np.uint64(1000 - 16)
+            assert random_offsets(seed, step, 7, 1000, 16).tolist() == draws.tolist()
+
+
 def test_training_offsets_are_uniform():
     bins, draws = 100, 100_000
     offsets = np.concatenate([random_offsets(5, step, 100, 50_000 + 256, 256) for step in range(draws // 100)])
