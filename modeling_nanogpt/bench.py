@@ -168,9 +168,9 @@ class Training:
         steps = steps or self.steps
         shared = [f"--{key}={self.recipe[key]}" for key in SHARED]
         fixed = [f"--dataset={data}", f"--max_iters={steps - 1}", "--eval_interval=1000000000", "--eval_iters=1"]
-        where = [] if torch.cuda.is_available() else ["--device=cpu", "--compile=False", "--dtype=float32"]
+        device = [] if torch.cuda.is_available() else ["--device=cpu", "--compile=False", "--dtype=float32"]
         printed, _, _ = run(
-            "train.py", *shared, *fixed, *where, "--log_interval=1", *flags, cwd=self.folder / "nanogpt"
+            "train.py", *shared, *fixed, *device, "--log_interval=1", *flags, cwd=self.folder / "nanogpt"
         )
         found = re.findall(r"^iter \d+: loss (\S+), time (\S+)ms", printed, re.M)
         return {"losses": [float(loss) for loss, _ in found], "milliseconds": [float(ms) for _, ms in found][SETTLED:]}
@@ -277,8 +277,8 @@ def bench_sampling(model: str, also: list[str], tokens: int, nanogpt: Path | Non
             return run("-m", "modeling_nanogpt.sample", model, *flags)[2]
 
         def theirs(*flags: str) -> float:
-            where = [] if torch.cuda.is_available() else ["--device=cpu", "--dtype=float32"]
-            return run("sample.py", "--out_dir=out", *where, *flags, cwd=folder / "nanogpt")[2]
+            device = [] if torch.cuda.is_available() else ["--device=cpu", "--dtype=float32"]
+            return run("sample.py", "--out_dir=out", *device, *flags, cwd=folder / "nanogpt")[2]
 
         peers: dict[str, Callable] = {"ours": lambda: ours(*length), "ours, start-up": lambda: ours(*start_up)}
         for more in also:

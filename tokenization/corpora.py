@@ -47,7 +47,7 @@ class Corpus:
     `fingerprint` changes if the documents may have; `revision` is a commit on the Hub, or None; `flags` name what else
     decides what the corpus holds. Once all is read, `sha256` is that of the documents, with a byte that UTF-8 never
     holds between them: for a single text, that of its file. `left_out` counts files of no known kind, by suffix.
-    `spelled` counts what looks like an end of a document in the text, and is none.
+    `spelled` counts how often the text spells a token that could end a document.
     """
 
     def __init__(self, arguments: DataArguments, paths: list, left_out: Counter[str], held_out: Iterable = ()):

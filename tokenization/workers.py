@@ -20,7 +20,7 @@ GRACE = 5  # seconds after the end of a worker in which the pool may close by it
 def leave_if_worker() -> None:
     """End this process if it is a worker that has only just been started, and imports the script of its parent.
 
-    Where processes are spawned, a script without `if __name__ == "__main__":` would prepare its data in every worker,
+    If processes are spawned, a script without `if __name__ == "__main__":` would prepare its data in every worker,
     and each of them would wait for the parent. The parent sees that the worker has died, and says why.
     """
     if getattr(current_process(), "_inheriting", False):
