@@ -99,7 +99,7 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Run
 if __name__ == "__main__":
     # before the imports below, which take seconds: --help and a mistyped flag are answered at once
     begin_command("train_accelerate.py")
-    ARGUMENTS = parse_arguments(sys.argv[1:])
+    parse_arguments(sys.argv[1:])
 
 import itertools
 import math
@@ -202,7 +202,6 @@ def main(model_args: ModelArguments, data_args: DataArguments, run_args: RunArgu
             start = starting.start_from_model(model_args.init_from, model_args.revision, recipe)  # fine-tuning
         # out_dir may hold an unfinished run, or one that is still at work
         launching.main_first(lambda: starting.check_out_dir(out_dir, start.checkpoint, overwrites=saves))
-
         model_tokenizer = None
         if start.carries_tokenizer:  # the data must have the tokens that the model knows
             model_tokenizer = load_tokenizer(model_args.init_from, "init_from", model_args.revision)
@@ -340,11 +339,12 @@ def main(model_args: ModelArguments, data_args: DataArguments, run_args: RunArgu
     ending.end_run(accelerator, saver, state, stopped_by=signals.stop, failure=failure)
 
 
-def run(arguments: tuple[ModelArguments, DataArguments, RunArguments], hooks: Hooks = NO_HOOKS) -> None:
-    """Run main. Ctrl-C before training, and a model that does not fit into memory, end with one line."""
+def run(argv: list[str], hooks: Hooks = NO_HOOKS) -> None:
+    """Run main with flags. Ctrl-C before training, and a model that does not fit into memory, end with one line."""
+    arguments = parse_arguments(argv)
     with fitting.ended_in_one_line(arguments[2]):
         main(*arguments, hooks=hooks)
 
 
 if __name__ == "__main__":
-    run(ARGUMENTS)
+    run(sys.argv[1:])

@@ -123,7 +123,7 @@ def test_out_of_memory_is_one_line(folder, tmp_path, two_gigabytes):
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     with pytest.raises(SystemExit) as stop:
-        train_accelerate.run(train_accelerate.parse_arguments([str(recipe)]))
+        train_accelerate.run([str(recipe)])
     (line,) = stop.value.code.strip().splitlines()
     assert "out of memory at batch_size=1024" in line
     assert "--batch_size=512 --gradient_accumulation_steps=16" in line

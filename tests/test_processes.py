@@ -211,7 +211,7 @@ def test_a_signal_stops_all_processes_after_the_same_step(folder, two, tmp_path,
             f"runs.log_windows('{tmp_path}/windows.' + os.environ['RANK'])\n"
             f"waiting = '{tmp_path}/waiting.' + os.environ['RANK']\n"
             "runs.at_step(6, runs.wait_for_signal, signal.SIGTERM, waiting)\n"
-            "train_accelerate.run(train_accelerate.parse_arguments(sys.argv[1:]), runs.HOOKS)\n"
+            "train_accelerate.run(sys.argv[1:], runs.HOOKS)\n"
         )
         arguments = ["--standalone", "--nproc_per_node=2", script, folder / "recipe.yaml", f"--out_dir={out_dir}"]
         environment = os.environ | {

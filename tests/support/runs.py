@@ -82,7 +82,7 @@ def call(function: Callable, arguments: tuple, log: str, environment: dict) -> N
 def run_trainer(argv: list[str], before: tuple) -> None:
     for function, *arguments in before:
         function(*arguments)
-    train_accelerate.run(train_accelerate.parse_arguments(argv), HOOKS)
+    train_accelerate.run(argv, HOOKS)
 
 
 def finish(*processes: BaseProcess, seconds: float = PATIENCE) -> list[int]:
