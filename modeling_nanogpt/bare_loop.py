@@ -9,6 +9,7 @@ the milliseconds of each step, and on a GPU the most memory that it took in byte
 
 import argparse
 import json
+import math
 import sys
 import time
 from contextlib import nullcontext
@@ -71,7 +72,7 @@ def train(settings: dict) -> dict:
             with autocast:
                 loss = run(x, labels=y, shift_labels=y, use_cache=False).loss / flags.gradient_accumulation_steps
             loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), flags.grad_clip)
+        nn.utils.clip_grad_norm_(model.parameters(), flags.grad_clip or math.inf)  # 0 turns clipping off
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss.item() * flags.gradient_accumulation_steps)  # of the last micro-batch, as nanoGPT says

@@ -31,12 +31,8 @@ from .command_line import CommandParser
 
 parser = CommandParser("modeling_nanogpt.bench", usage="train RECIPE | sample MODEL [--flag ...]", description=__doc__)
 parser.add_argument("what", choices=("train", "sample"), metavar="train|sample", help="what is timed")
-parser.add_argument(
-    "subject", metavar="RECIPE|MODEL", help="recipe to train with, or folder of a model to sample from"
-)
-parser.add_argument(
-    "--nanogpt", metavar="PATH", type=Path, help="checkout of nanoGPT, whose programs are timed as well"
-)
+parser.add_path("subject", metavar="RECIPE|MODEL", help="recipe to train with, or folder of a model to sample from")
+parser.add_path("--nanogpt", metavar="PATH", help="checkout of nanoGPT, to time its programs as well")
 parser.add_argument("--flags", metavar="FLAGS", default="", help="train: flags of the trainer that all peers get")
 parser.add_argument("--also", metavar="FLAGS", action="append", default=[], help="time ours again, with these flags")
 parser.add_number("--steps", 100, "train: optimizer steps of a run", at_least=40)
@@ -311,7 +307,7 @@ def describe_machine() -> str:
 
 
 def show(report: dict) -> None:
-    """Print a report: of the first table, medians with the least and the most, and the ratio to nanoGPT's."""
+    """Print a report. A figure of several rounds is their median, with the least and the most, beside nanoGPT's."""
     for title, values in report.items():
         print(f"{title}: {values}" if isinstance(values, str) else f"{title}:")
         for peer, numbers in values.items() if isinstance(values, dict) else ():
@@ -328,7 +324,8 @@ def show(report: dict) -> None:
 def main(arguments: argparse.Namespace) -> None:
     if not Path(arguments.subject).exists():
         parser.error(f"{arguments.subject} is not there: name a recipe, or the folder of a model")
-    common = {"also": arguments.also, "nanogpt": arguments.nanogpt, "rounds": arguments.rounds}
+    nanogpt = Path(arguments.nanogpt) if arguments.nanogpt else None
+    common = {"also": arguments.also, "nanogpt": nanogpt, "rounds": arguments.rounds}
     try:
         if arguments.what == "train":
             recipe = str(Path(arguments.subject).resolve())

@@ -32,8 +32,8 @@ def continue_prompt(
 
     Temperature 0 takes the likeliest token; top_k 0 draws from all tokens. `stride` (tokens) is how many of a full
     context are dropped at once, by default half of it. A row that has ended goes on with its end-of-text id, and after
-    the last row has ended, no more comes. Draws come from `generator`, or from torch's own. Of the model's
-    generation configuration, eos_token_id and suppress_tokens count.
+    the last row has ended, no more comes. Draws come from `generator`, or from torch's own. The model's
+    generation configuration says which tokens end a text (eos_token_id), and which are never drawn (suppress_tokens).
     """
     block_size = model.config.max_position_embeddings
     stride = stride or max(block_size // 2, 1)

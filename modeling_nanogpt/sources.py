@@ -49,7 +49,7 @@ NUMPY_NUMBERS: list[Any] = [
     *((np.float64().__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
 ]
 
-# Masks and positions, which are computed, in the files of older releases: of GPT-2 and of models that sample may load.
+# Files of older releases hold masks and positions, which are computed now: GPT-2's, and others that sample may load.
 OLD_BUFFERS = (*BUFFERS, ".attention.bias", ".attention.masked_bias", ".inv_freq", ".position_ids")
 
 

@@ -20,8 +20,8 @@ from .documents import first_line, read_file
 from .encoders import TiktokenEncoder, make_encoder
 
 END_OF_TEXT = "<|endoftext|>"
-# The trainer of the `tokenizers` library takes hours for a word of a million letters: it is given such parts. Of text
-# without spaces, no two parts are alike, and a million characters take two seconds and 50 MB: it is given so many.
+# The trainer of the `tokenizers` library takes hours for a word of a million letters: it is given such parts. In a
+# text without spaces, hardly two parts are alike, and a million characters take two seconds and 50 MB: it is given few.
 LONG_WORD = re.compile(r"\S{1000}")
 LONG_WORDS, MENTIONED = 2**24, 2**20  # characters in such parts: the most to learn from, and what is worth a line
 
@@ -69,9 +69,8 @@ def plain_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFa
     if not adds and tokenizer.model_input_names == names and end in (None, tokenizer.bos_token):
         return tokenizer
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.post_processor = (
-        None  # it adds tokens, or moves the borders of tokens in the text, which nothing here uses
-    )
+    # it adds tokens, or moves the borders of tokens in the text, which nothing here uses
+    backend.post_processor = None
     special = {key: token for key, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
     plain = PreTrainedTokenizerFast(
         tokenizer_object=backend,
