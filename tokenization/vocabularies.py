@@ -21,7 +21,7 @@ from .encoders import TiktokenEncoder, make_encoder
 
 END_OF_TEXT = "<|endoftext|>"
 # The trainer of the `tokenizers` library takes hours for a word of a million letters: it is given such parts. In a
-# text without spaces, hardly two parts are alike, and a million characters take two seconds and 50 MB: it is given few.
+# text without spaces, hardly two parts are alike, and a million characters take two seconds and 50 MB: hence a bound.
 LONG_WORD = re.compile(r"\S{1000}")
 LONG_WORDS, MENTIONED = 2**24, 2**20  # characters in such parts: the most to learn from, and what is worth a line
 
