@@ -4,8 +4,7 @@
     accelerate launch train_accelerate.py hub_configs/shakespeare_char.yaml                another recipe
     accelerate launch --num_processes 8 train_accelerate.py RECIPE.yaml --batch_size=8     eight GPUs, and a flag
 
-A recipe is a YAML file of flags, one `key: value` a line. The command line wins over the recipe. After each save,
-out_dir holds the model and everything that is needed to load it, to repeat the run and to go on with it.
+A recipe is a YAML file of flags, and the command line wins over it. At each save, out_dir holds the model, complete.
 """
 
 import dataclasses
@@ -62,6 +61,7 @@ class RunArguments:
     log_interval: int = knob(10, "optimizer steps between entries in the log", at_least=1)
     out_dir: str = knob(None, "folder for the model and its checkpoints (default: out/RECIPE)", path=True)
     always_save_checkpoint: bool = knob(True, "save the model after every evaluation; false: if val loss improved")
+    patience: int = knob(0, "evaluations without a lower val loss, after which the run stops; 0: it never does")
     save_interval: int = knob(None, "optimizer steps between checkpoints (default: eval_interval)", at_least=1)
     keep_checkpoints: int = knob(2, "newest checkpoints to keep", at_least=1)
     max_nonfinite_steps: int = knob(20, "stop after so many steps in a row without a finite gradient", at_least=1)
@@ -81,6 +81,7 @@ class RunArguments:
         self.lr_decay_iters = self.max_iters if self.lr_decay_iters is None else self.lr_decay_iters
         self.min_lr = self.learning_rate / 10 if self.min_lr is None else self.min_lr
         self.save_interval = self.eval_interval if self.save_interval is None else self.save_interval
+        self.always_save_checkpoint = self.always_save_checkpoint and not self.patience  # keeps the best model
         if not self.decay_lr:
             self.lr_schedule, self.warmup_iters = "constant", 0
         check_bounds(self)
@@ -190,7 +191,6 @@ def main(model_args: ModelArguments, data_args: DataArguments, run_args: RunArgu
         step_windows = fitting.windows_in_step(run_args, processes)
         check_optimizer(run_args.optimizer, sharded=launching.is_sharded(processes))
 
-        # a run starts from scratch, from the checkpoint of a run that stopped, or from a trained model
         if model_args.init_from == "resume" and run_args.hub_model_id:
             hub.fetch_run(run_args.hub_model_id, out_dir)  # if out_dir has no checkpoint yet
         if model_args.init_from == "scratch":
@@ -287,7 +287,7 @@ def main(model_args: ModelArguments, data_args: DataArguments, run_args: RunArgu
                 improved = evaluate_both()
                 if state.step > 0 and (improved or run_args.always_save_checkpoint):
                     saver.save_model(state)
-        if state.step == run_args.max_iters:
+        if state.step == run_args.max_iters or state.is_stale(run_args.patience):
             break
 
         # set the learning rate

@@ -255,6 +255,7 @@ def test_the_defaults_are_nanogpts(recipe):
             "warmup_iters": 2000,
             "eval_interval": 2000,
             "always_save_checkpoint": True,
+            "patience": 0,
             "seed": 1337,
         }.items()
     )
