@@ -210,6 +210,8 @@ def write_gpt2(folder: Path, config: NanoGPTConfig, weights: StateDict, tokenize
         GPT2LMHeadModel, config_to_gpt2(config, count), weights_to_gpt2(weights, count), dtype_of(weights)
     )
     adopt_tokenizer(stock, tokenizer)
+    if tokenizer.unk_token is None:
+        tokenizer.unk_token = tokenizer.eos_token  # as GPT-2's own has it: CTranslate2 fails without one
     stock.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
