@@ -23,6 +23,10 @@ def convert() -> None:
     run("modeling_nanogpt.convert")
 
 
+def sizing() -> None:
+    run("modeling_nanogpt.sizing")
+
+
 def run(module: str) -> None:
     """Run a module as its own program.
 
