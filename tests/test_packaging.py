@@ -69,7 +69,7 @@ def test_what_the_packages_import_is_a_dependency():
 def test_what_the_packages_import_only_if_it_is_there_is_an_extra():
     users = imported_by(PACKAGES, indented=True)
     assert {"datasets", "zstandard"} <= users.keys()
-    assert undeclared(users, BASE, EXTRAS["zstd"], EXTRAS["fast"]) == {}
+    assert undeclared(users, BASE, EXTRAS["zstd"], EXTRAS["fast"], EXTRAS["clients"]) == {}
 
 
 @pytest.mark.parametrize("indented", [False, True])

@@ -23,6 +23,10 @@ def convert() -> None:
     run("modeling_nanogpt.convert")
 
 
+def evaluate() -> None:
+    run("modeling_nanogpt.evaluate")
+
+
 def sizing() -> None:
     run("modeling_nanogpt.sizing")
 
