@@ -23,6 +23,14 @@ def convert() -> None:
     run("modeling_nanogpt.convert")
 
 
+def evaluate() -> None:
+    run("modeling_nanogpt.evaluate")
+
+
+def sizing() -> None:
+    run("modeling_nanogpt.sizing")
+
+
 def run(module: str) -> None:
     """Run a module as its own program.
 

@@ -13,6 +13,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 from transformers import PreTrainedTokenizerBase
 
+from ..card_notes import notes_of, with_notes
 from ..decoding import continue_prompt, opening
 from ..modeling_nanogpt import NanoGPTForCausalLM
 from ..throughput import flops_per_token
@@ -264,20 +265,3 @@ def plot_losses(path: Path, history: list[dict], step_tokens: int) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A person's own words in a model card: what stands between two marks stays when the card is written again
-
-NOTES = re.compile(r"(?<=<!-- your notes -->\n).*?(?=<!-- end of your notes -->)", re.S)
-
-
-def notes_of(card: str) -> str:
-    """The text between the two marks of a card, or nothing if a mark is missing."""
-    found = NOTES.search(card)
-    return found[0] if found else ""
-
-
-def with_notes(card: str, notes: str) -> str:
-    """The card with these notes between its marks."""
-    return NOTES.sub(lambda _: notes, card, count=1)
