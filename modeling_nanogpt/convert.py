@@ -1,14 +1,18 @@
 """Convert a checkpoint between nanoGPT, this project and GPT-2.
 
     python -m modeling_nanogpt.convert out/quickstart out/quickstart-gpt2 --to gpt2
+    python -m modeling_nanogpt.convert out/quickstart out/quickstart.gguf --to gguf
     python -m modeling_nanogpt.convert out-gpt2/ckpt.pt out/mine --tokenizer openai-community/gpt2
 
 SOURCE is nanoGPT's ckpt.pt or the folder that holds it, or a folder or Hub id with a model of this project or of
-GPT-2's architecture. DESTINATION is a new folder. Weights keep their dtype. --to says what DESTINATION will hold:
+GPT-2's architecture. DESTINATION is a new folder, or a new .gguf file. --to says what DESTINATION will hold:
 
     nanogpt   a model of this project with its code: training and sampling here start from it
-    gpt2      a stock GPT2LMHeadModel without code of ours: GGUF, ONNX and serving tools read it
+    gpt2      a stock GPT2LMHeadModel without code of ours: ONNX and serving tools read it
     ckpt      nanoGPT's ckpt.pt: nanoGPT's own sample.py and train.py (init_from=resume) read it
+    gguf      one file with the tokenizer in it: llama.cpp and what is built on llama.cpp run it
+
+Weights keep their dtype, unless --to=gguf: --dtype says how that file stores the matrices.
 
 ckpt.pt carries no tokenizer, so --tokenizer has to name one. For a model trained on GPT-2's tokens this is
 openai-community/gpt2. For a model trained on the characters of input.txt, make the tokenizer first:
@@ -25,19 +29,25 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import reduce
+from importlib.util import find_spec
 from pathlib import Path
 
 from command_start import begin_command
 
 from .command_line import CommandParser
 
+FORMATS = ("nanogpt", "gpt2", "ckpt", "gguf")
+FILES = {"gguf": ".gguf"}  # formats that are one file; the others are folders
+DTYPES = {"gguf": ("f32", "f16", "q8_0")}  # other formats keep the dtype of the weights
+
 parser = CommandParser("modeling_nanogpt.convert", usage="SOURCE DESTINATION [--flag VALUE ...]", description=__doc__)
 parser.add_path("source", metavar="SOURCE", help="folder, Hub id or ckpt.pt to read")
-parser.add_path("destination", metavar="DESTINATION", help="new folder to write")
+parser.add_path("destination", metavar="DESTINATION", help="new folder to write; for gguf, a new .gguf file")
+parser.add_argument("--to", choices=FORMATS, default="nanogpt", help="format to write (default: %(default)s)")
 parser.add_argument(
-    "--to", choices=("nanogpt", "gpt2", "ckpt"), default="nanogpt", help="format to write (default: %(default)s)"
+    "--dtype", metavar="NAME", help="number format of the matrices in a .gguf file: f32 (default), f16 or q8_0"
 )
 parser.add_path("--tokenizer", metavar="NAME", help="folder or Hub id of the tokenizer (default: the source's own)")
 parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a Hub id (default: main)")
@@ -57,6 +67,7 @@ from transformers.utils import logging
 
 from .configuration_nanogpt import NanoGPTConfig
 from .conversion import StateDict, config_to_gpt2, config_to_nanogpt, weights_to_gpt2, weights_to_nanogpt
+from .gguf_export import read_vocabulary, write_gguf
 from .modeling_nanogpt import NanoGPTForCausalLM
 from .optimization import make_optimizer
 from .sources import Misfit, Source, adopt_tokenizer, build_model, first_line, open_source
@@ -67,32 +78,65 @@ MAKE_A_FOLDER = (
 )
 
 
-def convert(source: str, destination: Path, to: str, tokenizer: str | None, revision: str | None = None) -> None:
-    """Write the folder `destination`, whole or not at all; raises ValueError if that is not possible.
+def convert(
+    source: str,
+    destination: Path,
+    to: str,
+    tokenizer: str | None,
+    revision: str | None = None,
+    dtype: str | None = None,
+) -> None:
+    """Write `destination`, whole or not at all; raises ValueError if that is not possible.
 
     `tokenizer` is a folder or Hub id, by default the source. A ckpt.pt of nanoGPT has no tokenizer and gets none.
+    `dtype` is one of DTYPES, and by default f32 for --to=gguf.
     """
-    if os.path.exists(destination) and (not destination.is_dir() or any(destination.iterdir())):
-        raise ValueError(f"{destination} is there already and not empty: name a new folder")
+    check_destination(destination, to)
+    check_dtype(dtype, to)
     opened = open_source(source, revision)
-    chosen = None
-    if to != "ckpt":
-        chosen = choose_tokenizer(opened, tokenizer, revision)
+    chosen = None if to == "ckpt" else choose_tokenizer(opened, tokenizer, revision)
+    if chosen and to == "gguf":
+        read_vocabulary(chosen)  # refuses a tokenizer that llama.cpp does not have, before any weight is read
     if not opened.carries_tokenizer:
         print(f"{source}: the optimizer's state is left out", file=sys.stderr)
     try:
-        with whole_folder(destination) as folder:
+        with whole(destination) as path:
             config, weights = opened.read()
             if chosen is None:
-                write_ckpt(folder, config, weights)
+                write_ckpt(path, config, weights)
+            elif to == "gguf":
+                write_gguf(path, destination.stem, config, weights, chosen, dtype or "f32")
             elif to == "gpt2":
-                write_gpt2(folder, config, weights, chosen)
+                write_gpt2(path, config, weights, chosen)
             else:
-                write_nanogpt(folder, config, weights, chosen)
+                write_nanogpt(path, config, weights, chosen)
     except Misfit as mistake:
         raise ValueError(f"{source}: {mistake}") from None
     except OSError as error:
-        raise ValueError(f"{destination} cannot be written ({error.strerror}): name another folder") from None
+        kind = "file" if to in FILES else "folder"
+        raise ValueError(f"{destination} cannot be written ({error.strerror}): name another {kind}") from None
+
+
+def check_destination(destination: Path, to: str) -> None:
+    """Raise ValueError if the destination is there already, or if its name or a package does not fit the format."""
+    if to in FILES:
+        if destination.suffix != FILES[to]:
+            raise ValueError(f"--to={to} writes one file: name a new {FILES[to]} file, not {destination}")
+        if os.path.lexists(destination):
+            raise ValueError(f"{destination} is there already: name a new file")
+    elif os.path.exists(destination) and (not destination.is_dir() or any(destination.iterdir())):
+        raise ValueError(f"{destination} is there already and not empty: name a new folder")
+    if to == "gguf" and find_spec("gguf") is None:
+        raise ValueError('--to=gguf needs the package gguf: pip install "nanogpt-hf[clients]"')
+
+
+def check_dtype(dtype: str | None, to: str) -> None:
+    """Raise ValueError if a format does not have the number format that is given."""
+    choices = DTYPES.get(to)
+    if dtype is not None and choices is None:
+        raise ValueError(f"--dtype={dtype}, but --to={to} keeps the dtype of the weights: leave out --dtype")
+    if dtype is not None and choices is not None and dtype not in choices:
+        raise ValueError(f"--dtype={dtype}, but for --to={to} it must be one of {', '.join(choices)}")
 
 
 def choose_tokenizer(source: Source, name: str | None, revision: str | None) -> PreTrainedTokenizerBase:
@@ -128,18 +172,27 @@ def choose_tokenizer(source: Source, name: str | None, revision: str | None) -> 
 
 
 @contextmanager
-def whole_folder(destination: Path) -> Iterator[Path]:
-    """An empty folder to write into, which becomes `destination` once all is written. An error leaves neither."""
+def whole(destination: Path) -> Iterator[Path]:
+    """A path for a file or a folder, which becomes `destination` once all is written. An error leaves neither."""
     staging = destination.with_name(destination.name + ".partial")
-    shutil.rmtree(staging, ignore_errors=True)
+    remove(staging)
     try:
-        staging.mkdir(parents=True)
+        staging.parent.mkdir(parents=True, exist_ok=True)
         yield staging
         if destination.exists():
             destination.rmdir()  # an empty folder; Windows does not rename onto one
         os.rename(staging, destination)
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        remove(staging)
+
+
+def remove(path: Path) -> None:
+    """Remove a folder or a file, if there is one."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
 
 
 def write_nanogpt(folder: Path, config: NanoGPTConfig, weights: StateDict, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -157,6 +210,8 @@ def write_gpt2(folder: Path, config: NanoGPTConfig, weights: StateDict, tokenize
         GPT2LMHeadModel, config_to_gpt2(config, count), weights_to_gpt2(weights, count), dtype_of(weights)
     )
     adopt_tokenizer(stock, tokenizer)
+    if tokenizer.unk_token is None:
+        tokenizer.unk_token = tokenizer.eos_token  # as GPT-2's own has it: CTranslate2 fails without one
     stock.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -174,6 +229,7 @@ def write_ckpt(folder: Path, config: NanoGPTConfig, weights: StateDict) -> None:
         "best_val_loss": 1e9,
         "config": {},
     }
+    folder.mkdir()
     torch.save(checkpoint, folder / "ckpt.pt")
 
 
@@ -187,7 +243,14 @@ def main(arguments: argparse.Namespace) -> None:
     logging.disable_progress_bar()
     try:
         destination = Path(arguments.destination)
-        convert(arguments.source, destination, arguments.to, arguments.tokenizer, arguments.revision)
+        convert(
+            arguments.source,
+            destination,
+            to=arguments.to,
+            tokenizer=arguments.tokenizer,
+            revision=arguments.revision,
+            dtype=arguments.dtype,
+        )
     except ValueError as mistake:
         parser.error(str(mistake))
     print(f"{arguments.destination} holds {arguments.source} as {arguments.to}")

@@ -145,9 +145,10 @@ def test_recipes_are_not_code():
     assert not any(path.stat().st_mode & 0o111 for path in paths)
 
 
-def tree_of_the_readme():
-    """The modules that the README's tree lists, as paths. A line belongs to the folders above it with less indent."""
-    (tree,) = re.findall(r"```\n(train_accelerate\.py .*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+def tree_of_the_chapter():
+    """The modules in the tree of docs/code.md, as paths. A line belongs to the folders above it with less indent."""
+    chapter = (ROOT / "docs" / "code.md").read_text(encoding="utf-8")
+    (tree,) = re.findall(r"```\n(train_accelerate\.py .*?)```", chapter, re.S)
     folders = {}  # indent -> name
     for line in tree.splitlines():
         indent = len(line) - len(line.lstrip())
@@ -158,9 +159,9 @@ def tree_of_the_readme():
         yield from ("".join(folders.values()) + name for name in names.split())
 
 
-def test_the_readmes_tree_lists_the_modules_that_are_there():
+def test_the_chapters_tree_lists_the_modules_that_are_there():
     there = {str(path.relative_to(ROOT)) for path in FILES if path.name != "__init__.py"}
-    listed = list(tree_of_the_readme())
+    listed = list(tree_of_the_chapter())
     assert sorted(listed) == sorted(there)
 
 

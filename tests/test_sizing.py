@@ -202,7 +202,7 @@ def test_a_run_has_the_size_that_was_said_before_it_began(run, tmp_path):
 
 
 def test_a_recipe_is_sized_and_drawn(tmp_path):
-    arguments = ["hub_configs/openwebtext.yaml", "--bias=true", "--plot", tmp_path / "picture.png", "--flops=2.21e19"]
+    arguments = ["hub_configs/gpt2_124m.yaml", "--bias=true", "--plot", tmp_path / "picture.png", "--flops=2.21e19"]
     status, said = command(tmp_path, "modeling_nanogpt.sizing", *arguments)
     assert status == 0
     lines = {" ".join(line.split()) for line in said}

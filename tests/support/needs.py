@@ -1,6 +1,7 @@
 """Marks for tests that need something that a machine may not have."""
 
 import os
+from shutil import which
 
 import pytest
 
@@ -10,3 +11,9 @@ needs_gpt2 = pytest.mark.skipif(
 needs_shakespeare = pytest.mark.skipif(
     "TINYSHAKESPEARE" not in os.environ, reason="TINYSHAKESPEARE names no text file"
 )
+
+
+def node_packages(name: str) -> str | None:
+    """The folder node_modules that NODE_MODULES names, if it holds a package and if `node` is there."""
+    folder = os.environ.get("NODE_MODULES", "")
+    return folder if which("node") and os.path.isdir(os.path.join(folder, name)) else None
