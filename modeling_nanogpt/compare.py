@@ -127,7 +127,7 @@ def names_of(folders: list[str]) -> list[str]:
 def draw(path: str, runs: list[Run], loss: float) -> None:
     """Two panels: the losses over the tokens trained on, and over the seconds of training.
 
-    The scale fits the losses after the first twentieth of each run, because otherwise they would look flat.
+    The scale fits the losses after the first tenth of each run, because otherwise they would look flat.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
@@ -141,7 +141,7 @@ def draw(path: str, runs: list[Run], loss: float) -> None:
             (run.training, {"linewidth": 0.8, "alpha": 0.35}),
             (run.validation, {"linewidth": 1.6, "marker": "o", "markersize": 3, "label": run.name}),
         ):
-            shown += [value for step, value in points if step >= run.steps / 20]
+            shown += [value for step, value in points if step >= run.steps / 10]
             losses = [value for _, value in points]
             by_tokens.plot([step * run.step_tokens for step, _ in points], losses, **look, **style)
             by_seconds.plot([run.seconds(step) for step, _ in points], losses, **look, **style)
