@@ -4,6 +4,7 @@ import os
 from typing import Any, NamedTuple
 
 import torch
+from transformers import PreTrainedConfig
 
 from .configuration_nanogpt import NanoGPTConfig
 from .muon import arithmetic_dtype
@@ -60,7 +61,7 @@ def launched_precision() -> str:
     return launched
 
 
-def choose_precision(dtype: str, config: NanoGPTConfig, device: torch.device) -> Choice:
+def choose_precision(dtype: str, config: PreTrainedConfig, device: torch.device) -> Choice:
     """Accelerate's name of the precision: no, bf16 or fp16."""
     launched = launched_precision()
     if dtype != "auto":
@@ -71,8 +72,8 @@ def choose_precision(dtype: str, config: NanoGPTConfig, device: torch.device) ->
         return Choice("fp16", "auto: this GPU has no bfloat16")
     if arithmetic_dtype(device) == torch.float32:
         return Choice("no", f"auto: this {device.type} has no fast bfloat16")
-    if device.type == "cpu" and config.n_embd < WIDE:
-        return Choice("no", f"auto: a model {config.n_embd} wide is too narrow to gain from bfloat16 on a CPU")
+    if device.type == "cpu" and config.hidden_size < WIDE:
+        return Choice("no", f"auto: a model {config.hidden_size} wide is too narrow to gain from bfloat16 on a CPU")
     return Choice("bf16", f"auto: fast on this {device.type}")
 
 

@@ -46,7 +46,7 @@ parser.add_argument(
     "--dtype",
     choices=("auto", "float32", "bfloat16", "float16"),
     default="auto",
-    help="arithmetic, as in training; auto is bfloat16 on a GPU that has it (default: auto)",
+    help="arithmetic; auto is what is fast here, as in training (default: auto)",
 )
 parser.add_argument("--card", action="store_true", help="write the results into the model card, MODEL/README.md")
 parser.add_argument("--json", action="store_true", help="print the results as JSON")
@@ -134,11 +134,11 @@ from accelerate.utils.memory import should_reduce_batch_size
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from .arithmetic import choose_precision
 from .card_notes import write_results
 from .scoring import read_split, sum_losses
 from .sources import first_line, load_model
 
-PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 MEASURES = {  # in the model card
     "loss": "loss (nats a token)",
     "perplexity": "perplexity",
@@ -147,19 +147,15 @@ MEASURES = {  # in the model card
 }
 
 
-def start_accelerator(dtype: str) -> Accelerator:
-    """This process among the others, and the precision. Raises ValueError if the processes do not find each other."""
+def join_processes(dtype: str) -> PartialState:
+    """This process among the others. Raises ValueError if they do not find each other, or cannot compute in dtype."""
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     started = int(os.environ.get("WORLD_SIZE", 1))
     if started != state.num_processes:
         raise ValueError(f"{started} processes were started, but each evaluates alone: set ACCELERATE_USE_CPU=true")
     if dtype == "float16" and state.device.type == "cpu":
         raise ValueError("--dtype=float16 needs a GPU: on a CPU use --dtype=float32 or --dtype=bfloat16")
-    if dtype == "auto":
-        dtype = "float32"
-        if state.device.type == "cuda":
-            dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-    return Accelerator(mixed_precision=PRECISION[dtype])
+    return state
 
 
 def load_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase:
@@ -200,7 +196,7 @@ def choose_block_size(model: PreTrainedModel, asked: int) -> int:
     return asked or int(context or 0)
 
 
-def evaluate(arguments: argparse.Namespace, accelerator: Accelerator) -> dict:
+def evaluate(arguments: argparse.Namespace, device: torch.device) -> dict:
     """The results on a data_dir or on a text. Raises ValueError if model and text do not fit."""
     name, revision = arguments.model, arguments.revision
     if arguments.data_dir:
@@ -216,7 +212,8 @@ def evaluate(arguments: argparse.Namespace, accelerator: Accelerator) -> dict:
         if tokens < 2:
             raise ValueError(f"--text: {arguments.text} has no token to predict")
     model = load_model(name, revision).float().eval()
-    model.to(accelerator.device)
+    model.to(device)
+    precision = choose_precision(arguments.dtype, model.config, device)
     block_size = choose_block_size(model, arguments.block_size)
     highest = max(int(piece.max()) for piece in pieces if len(piece))
     if highest >= model.get_input_embeddings().num_embeddings:
@@ -231,7 +228,7 @@ def evaluate(arguments: argparse.Namespace, accelerator: Accelerator) -> dict:
         pieces,
         block_size=block_size,
         batch_size=arguments.batch_size,
-        accelerator=accelerator,
+        accelerator=Accelerator(mixed_precision=precision.value),
         progress=bar,
     )
     seconds = time.perf_counter() - started
@@ -310,20 +307,20 @@ def main(arguments: argparse.Namespace) -> None:
     try:
         if arguments.tasks:
             return run_tasks(arguments)
-        accelerator = start_accelerator(arguments.dtype)
-        results = evaluate(arguments, accelerator)
+        processes = join_processes(arguments.dtype)
+        results = evaluate(arguments, processes.device)
     except ValueError as mistake:
         parser.error(str(mistake))
     except RuntimeError as error:
         if not should_reduce_batch_size(error):
             raise
         parser.error(f"out of memory at --batch_size={arguments.batch_size}: give a smaller one")
-    if accelerator.is_main_process:
+    if processes.is_main_process:
         if arguments.card:
             lines = {text: f"{results[key]:.4f}" for key, text in MEASURES.items() if key in results}
             write_results(Path(arguments.model) / "README.md", results["subject"], lines)
         print(json.dumps(finite(results), indent=2)) if arguments.json else show(results)
-    accelerator.end_training()  # leaves the group of processes
+    processes.destroy_process_group()
 
 
 if __name__ == "__main__":

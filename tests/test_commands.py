@@ -13,6 +13,7 @@ MODULES = {
     "sample": "modeling_nanogpt.sample",
     "convert": "modeling_nanogpt.convert",
     "sizing": "modeling_nanogpt.sizing",
+    "compare": "modeling_nanogpt.compare",
     "evaluate": "modeling_nanogpt.evaluate",
     "prepare": "tokenization.prepare",
 }

@@ -27,6 +27,10 @@ def evaluate() -> None:
     run("modeling_nanogpt.evaluate")
 
 
+def compare() -> None:
+    run("modeling_nanogpt.compare")
+
+
 def sizing() -> None:
     run("modeling_nanogpt.sizing")
 
