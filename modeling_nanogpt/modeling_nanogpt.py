@@ -425,19 +425,28 @@ class NanoGPTForCausalLM(NanoGPTPreTrainedModel, GenerationMixin):
 # a field of the configuration, 2 by default.
 
 
-class NanoGPTForSequenceClassification(GenericForSequenceClassification, NanoGPTPreTrainedModel):
+class NanoGPTHead(NanoGPTPreTrainedModel):
+    """What the heads share: the mixins can make their GPT, whichever code the configuration came with."""
+
+    def __init__(self, config: NanoGPTConfig):
+        super().__init__(config)
+        # A mixin calls AutoModel.from_config next. AutoModel does not know a class that came with a checkpoint.
+        AutoModel.register(type(config), NanoGPTModel, exist_ok=True)
+
+
+class NanoGPTForSequenceClassification(GenericForSequenceClassification, NanoGPTHead):
     """Logits (B, num_labels) of whole texts, from the last token of each that is not padding."""
 
     base_model_prefix = "transformer"  # the mixins call it "model"
 
 
-class NanoGPTForTokenClassification(GenericForTokenClassification, NanoGPTPreTrainedModel):
+class NanoGPTForTokenClassification(GenericForTokenClassification, NanoGPTHead):
     """Logits (B, T, num_labels) of tokens. Each token sees the tokens before it alone."""
 
     base_model_prefix = "transformer"
 
 
-class NanoGPTForQuestionAnswering(GenericForQuestionAnswering, NanoGPTPreTrainedModel):
+class NanoGPTForQuestionAnswering(GenericForQuestionAnswering, NanoGPTHead):
     """Logits (B, T) of where an answer starts, and as many of where the answer ends."""
 
     base_model_prefix = "transformer"
@@ -457,7 +466,6 @@ CLASSES = {
 }
 for auto_class, model_class in CLASSES.items():
     model_class.register_for_auto_class(auto_class)
-AutoModel.register(NanoGPTConfig, NanoGPTModel, exist_ok=True)  # the mixins make their model by it
 # Trainer computes label smoothing outside of the model. It shifts the labels for the classes in this table, and for
 # any other class it would teach the model in silence to repeat its input.
 CAUSAL_LM_NAMES[NanoGPTConfig.model_type] = NanoGPTForCausalLM.__name__
