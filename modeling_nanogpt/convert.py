@@ -4,8 +4,9 @@
     python -m modeling_nanogpt.convert out/quickstart out/quickstart.gguf --to gguf
     python -m modeling_nanogpt.convert out-gpt2/ckpt.pt out/mine --tokenizer openai-community/gpt2
 
-SOURCE is nanoGPT's ckpt.pt or the folder that holds it, or a folder or Hub id with a model of this project or of
-GPT-2's architecture. DESTINATION is a new folder, or a new .gguf file. --to says what DESTINATION will hold:
+SOURCE is a folder or Hub id with a model of this project or of GPT-2's architecture, nanoGPT's ckpt.pt or the folder
+that holds it, llm.c's model.bin, or a state dict, for which --n_head names the number of heads. DESTINATION is a new
+folder, or a new .gguf file. --to says what DESTINATION will hold:
 
     nanogpt   a model of this project with its code: training and sampling here start from it
     gpt2      a stock GPT2LMHeadModel without code of ours: ONNX and serving tools read it
@@ -14,7 +15,7 @@ GPT-2's architecture. DESTINATION is a new folder, or a new .gguf file. --to say
 
 Weights keep their dtype, unless --to=gguf: --dtype says how that file stores the matrices.
 
-ckpt.pt carries no tokenizer, so --tokenizer has to name one. For a model trained on GPT-2's tokens this is
+A file carries no tokenizer, so --tokenizer has to name one. For a model trained on GPT-2's tokens this is
 openai-community/gpt2. For a model trained on the characters of input.txt, make the tokenizer first:
 
     python -m tokenization.prepare --corpus=input.txt --tokenizer=input.txt --data_dir=data/mine
@@ -43,13 +44,16 @@ FILES = {"gguf": ".gguf"}  # formats that are one file; the others are folders
 DTYPES = {"gguf": ("f32", "f16", "q8_0")}  # other formats keep the dtype of the weights
 
 parser = CommandParser("modeling_nanogpt.convert", usage="SOURCE DESTINATION [--flag VALUE ...]", description=__doc__)
-parser.add_path("source", metavar="SOURCE", help="folder, Hub id or ckpt.pt to read")
+parser.add_path("source", metavar="SOURCE", help="folder, Hub id or file to read")
 parser.add_path("destination", metavar="DESTINATION", help="new folder to write; for gguf, a new .gguf file")
 parser.add_argument("--to", choices=FORMATS, default="nanogpt", help="format to write (default: %(default)s)")
 parser.add_argument(
     "--dtype", metavar="NAME", help="number format of the matrices in a .gguf file: f32 (default), f16 or q8_0"
 )
 parser.add_path("--tokenizer", metavar="NAME", help="folder or Hub id of the tokenizer (default: the source's own)")
+parser.add_argument(
+    "--n_head", metavar="N", type=int, help="number of heads, for a state dict, which does not say this number"
+)
 parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a Hub id (default: main)")
 
 
@@ -85,6 +89,7 @@ def convert(
     tokenizer: str | None,
     revision: str | None = None,
     dtype: str | None = None,
+    n_head: int | None = None,
 ) -> None:
     """Write `destination`, whole or not at all; raises ValueError if that is not possible.
 
@@ -93,11 +98,13 @@ def convert(
     """
     check_destination(destination, to)
     check_dtype(dtype, to)
-    opened = open_source(source, revision)
+    opened = open_source(source, revision, n_head)
+    if n_head not in (None, opened.config.n_head):
+        raise ValueError(f"--n_head={n_head}, but {source} has n_head={opened.config.n_head}: leave it out")
     chosen = None if to == "ckpt" else choose_tokenizer(opened, tokenizer, revision)
     if chosen and to == "gguf":
         read_vocabulary(chosen)  # refuses a tokenizer that llama.cpp does not have, before any weight is read
-    if not opened.carries_tokenizer:
+    if opened.has_optimizer:
         print(f"{source}: the optimizer's state is left out", file=sys.stderr)
     try:
         with whole(destination) as path:
@@ -250,6 +257,7 @@ def main(arguments: argparse.Namespace) -> None:
             tokenizer=arguments.tokenizer,
             revision=arguments.revision,
             dtype=arguments.dtype,
+            n_head=arguments.n_head,
         )
     except ValueError as mistake:
         parser.error(str(mistake))

@@ -32,6 +32,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from modeling_nanogpt import NanoGPTForCausalLM
 from modeling_nanogpt.convert import convert
+from modeling_nanogpt.modeling_nanogpt import CLASSES
 from modeling_nanogpt.sources import adopt_tokenizer, open_source
 from support.models import BLOCK, VOCAB, make_model, make_tokens
 from support.runs import call_together, finish
@@ -188,7 +189,7 @@ def test_trainer_learns_and_its_checkpoints_are_whole_models(tmp_path):
         folder = tmp_path / f"checkpoint-{step}"
         assert {path.name for path in folder.glob("*.py")} == CODE
         auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
-        assert set(auto_map) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+        assert set(auto_map) == {"AutoConfig", *CLASSES}
     loaded, x = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True), make_tokens(2, 12)
     assert torch.equal(loaded(x).logits, trainer.model.eval()(x).logits)
 
