@@ -457,31 +457,6 @@ def test_torch_export_holds_for_any_batch_and_length():
         assert_close(exported(input_ids=x, use_cache=False).logits, model(x).logits)
 
 
-@pytest.mark.filterwarnings("ignore")  # the exporter's own
-def test_onnx_runtime_computes_the_models_logits_for_any_batch_and_length(tmp_path):
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        pytest.importorskip(package, reason=f"{package} is not installed")
-    import onnxruntime
-
-    model, path = make_model(), tmp_path / "model.onnx"
-    torch.onnx.export(
-        model,
-        (make_tokens(2, 12),),
-        path,
-        kwargs={"use_cache": False},
-        input_names=["input_ids"],
-        output_names=["logits"],
-        dynamic_shapes={"input_ids": {0: "batch", 1: "length"}, "use_cache": None},
-        dynamo=True,
-        verbose=False,
-    )
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    for shape in SHAPES:
-        x = make_tokens(*shape)
-        (logits,) = session.run(None, {"input_ids": x.numpy()})
-        assert_close(torch.from_numpy(logits), model(x).logits, atol=1e-4, rtol=1e-4)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Several processes, serving
 
