@@ -36,7 +36,14 @@ def commands_of_page(page):
 (LOADING,) = blocks_of(PAGES["README.md"], "python")  # makes the model that other Python takes
 PYTHON = list(dict.fromkeys([LOADING, *(code for page in PAGES.values() for code in blocks_of(page, "python"))]))
 COMMANDS = [command for page in PAGES.values() for command in commands_of_page(page)]
-MADE_BY_COMMANDS = ("out/quickstart-gpt2", "out/quickstart-onnx", "out/quickstart-web", "out/mine", "out-nanogpt")
+MADE_BY_COMMANDS = (
+    "out/quickstart-gpt2",
+    "out/quickstart-onnx",
+    "out/quickstart-web",
+    "out/space",
+    "out/mine",
+    "out-nanogpt",
+)
 
 
 def commands_of(*program, among=COMMANDS):
@@ -142,6 +149,7 @@ def test_the_module_commands_of_a_page_do_what_they_say(page, at_home, monkeypat
     left_out = []
     for module, *arguments in module_commands(page):
         needed = [package for word in arguments for package in PACKAGES.get(word, ())]
+        needed += ["gradio"] if module == "modeling_nanogpt.demo" else []
         if missing := [package for package in needed if importlib.util.find_spec(package) is None]:
             left_out += missing
             continue
