@@ -4,14 +4,13 @@
     accelerate launch train_accelerate.py hub_configs/shakespeare_char.yaml                another recipe
     accelerate launch --num_processes 8 train_accelerate.py RECIPE.yaml --batch_size=8     eight GPUs, and a flag
 
-A recipe is a YAML file of flags, one `key: value` a line. The command line wins over the recipe. After each save,
-out_dir holds the model and everything that is needed to load it, to repeat the run and to go on with it.
+A recipe is a YAML file of flags, and the command line wins over it. At each save, out_dir holds the model, complete.
 """
 
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from command_start import begin_command
 from tokenization.arguments import DataArguments, FlagParser, check_bounds, knob, one_line
@@ -62,6 +61,7 @@ class RunArguments:
     log_interval: int = knob(10, "optimizer steps between entries in the log", at_least=1)
     out_dir: str = knob(None, "folder for the model and its checkpoints (default: out/RECIPE)", path=True)
     always_save_checkpoint: bool = knob(True, "save the model after every evaluation; false: if val loss improved")
+    patience: int = knob(0, "evaluations without a lower val loss, after which the run stops; 0: it never does")
     save_interval: int = knob(None, "optimizer steps between checkpoints (default: eval_interval)", at_least=1)
     keep_checkpoints: int = knob(2, "newest checkpoints to keep", at_least=1)
     max_nonfinite_steps: int = knob(20, "stop after so many steps in a row without a finite gradient", at_least=1)
@@ -71,9 +71,9 @@ class RunArguments:
     hub_private_repo: bool = knob(True, "make a new repository private")
     hub_strategy: Literal["end", "every_save", "checkpoint"] = knob("every_save", "checkpoint: pushes that, too")
     seed: int = knob(1337, "seed of the weights, the windows and dropout", below=2**32, heading="system")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob("auto", "arithmetic; the weights are float32")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob("auto", "arithmetic; auto: what is fast here")
     gradient_checkpointing: bool = knob(False, "compute activations twice: less memory, more time")
-    compile: bool = knob(False, "compile the model with torch.compile: slow to start, then faster")
+    compile: bool | Literal["auto"] = knob("auto", "torch.compile; auto: on a GPU, and in a long run on a CPU")
     attn_implementation: Literal["sdpa", "eager", "flex_attention"] = knob("sdpa", "attention function")
     prepare_only: bool = knob(False, "prepare data_dir and stop")
 
@@ -81,6 +81,7 @@ class RunArguments:
         self.lr_decay_iters = self.max_iters if self.lr_decay_iters is None else self.lr_decay_iters
         self.min_lr = self.learning_rate / 10 if self.min_lr is None else self.min_lr
         self.save_interval = self.eval_interval if self.save_interval is None else self.save_interval
+        self.always_save_checkpoint = self.always_save_checkpoint and not self.patience  # keeps the best model
         if not self.decay_lr:
             self.lr_schedule, self.warmup_iters = "constant", 0
         check_bounds(self)
@@ -108,9 +109,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 from accelerate import Accelerator  # processes, devices, precision
-from accelerate.utils import set_seed
 
-from modeling_nanogpt import NanoGPTForCausalLM
+from modeling_nanogpt import NanoGPTForCausalLM, arithmetic
 from modeling_nanogpt.optimization import Schedule, check_optimizer, make_optimizer  # AdamW, Muon, learning rates
 from modeling_nanogpt.sources import adopt_tokenizer
 from modeling_nanogpt.training import checkpointing, describing, ending, fitting, hub, launching, monitoring, starting
@@ -187,11 +187,10 @@ def main(model_args: ModelArguments, data_args: DataArguments, run_args: RunArgu
     # --- Process, start, data: what is wrong with flags, start or text shows here, before training begins ------------
     try:
         trackers = monitoring.choose_trackers(run_args.report_to)
-        accelerator = launching.start_accelerator(run_args.dtype, run_args.attn_implementation, run_args.compile)
-        step_windows = fitting.windows_in_step(run_args, accelerator)
-        check_optimizer(run_args.optimizer, sharded=accelerator.distributed_type == "FSDP")
+        processes = launching.join_processes(run_args)
+        step_windows = fitting.windows_in_step(run_args, processes)
+        check_optimizer(run_args.optimizer, sharded=launching.is_sharded(processes))
 
-        # a run starts from scratch, from the checkpoint of a run that stopped, or from a trained model
         if model_args.init_from == "resume" and run_args.hub_model_id:
             hub.fetch_run(run_args.hub_model_id, out_dir)  # if out_dir has no checkpoint yet
         if model_args.init_from == "scratch":
@@ -200,6 +199,8 @@ def main(model_args: ModelArguments, data_args: DataArguments, run_args: RunArgu
             start = starting.start_from_checkpoint(checkpoint, recipe)  # goes on as if it had never stopped
         else:
             start = starting.start_from_model(model_args.init_from, model_args.revision, recipe)  # fine-tuning
+        precision = arithmetic.choose_precision(run_args.dtype, start.config, processes.device)
+        accelerator = launching.start_accelerator(precision.value)
         # out_dir may hold an unfinished run, or one that is still at work
         launching.main_first(lambda: starting.check_out_dir(out_dir, start.checkpoint, overwrites=saves))
         model_tokenizer = None
@@ -217,7 +218,7 @@ def main(model_args: ModelArguments, data_args: DataArguments, run_args: RunArgu
     train, val = data.stream("train"), data.stream("val")  # tokens on disk, read without copying
 
     # --- Model -------------------------------------------------------------------------------------------------------
-    set_seed(run_args.seed)  # for the weights of a new model
+    torch.manual_seed(run_args.seed)  # for the weights of a new model
     if model_args.init_from == "scratch":
         config.vocab_size = math.ceil(len(data.tokenizer) / 64) * 64  # a multiple of 64 is faster
     model = start.model or NanoGPTForCausalLM(config)  # restore() below brings the weights of a checkpoint
@@ -239,9 +240,10 @@ def main(model_args: ModelArguments, data_args: DataArguments, run_args: RunArgu
         weight_decay=run_args.weight_decay,
         momentum=run_args.momentum,  # Muon
     )
-    if run_args.compile:
+    compiled = arithmetic.choose_compile(run_args, config, accelerator.device, start.run)
+    if compiled.value:
         model.compile(dynamic=False)  # in place: without a wrapper, the names of the weights get no prefix
-    facts = describing.describe_run(run_args, recipe, start, model, data.record, accelerator)
+    facts = describing.describe_run(run_args, recipe, start, model, data.record, accelerator, precision, compiled)
     model, optimizer = accelerator.prepare(model, optimizer)  # DDP or FSDP2, autocast, loss scaling
     micro_steps = run_args.gradient_accumulation_steps // accelerator.num_processes
     accelerator.gradient_accumulation_steps = micro_steps  # accelerator.backward divides by it
@@ -261,10 +263,8 @@ def main(model_args: ModelArguments, data_args: DataArguments, run_args: RunArgu
 
     def draw(step: int) -> Windows:
         """All windows of a step, whatever the number of processes."""
-        order, block_size = data_args.windows, config.block_size
-        return training_windows(
-            train, order=order, seed=run_args.seed, step=step, count=step_windows, block_size=block_size
-        )
+        flags: dict[str, Any] = {"order": data_args.windows, "seed": run_args.seed, "block_size": config.block_size}
+        return training_windows(train, step=step, count=step_windows, **flags)
 
     if run_args.eval_only:
         evaluate_both()
@@ -287,7 +287,7 @@ def main(model_args: ModelArguments, data_args: DataArguments, run_args: RunArgu
                 improved = evaluate_both()
                 if state.step > 0 and (improved or run_args.always_save_checkpoint):
                     saver.save_model(state)
-        if state.step == run_args.max_iters:
+        if state.step == run_args.max_iters or state.is_stale(run_args.patience):
             break
 
         # set the learning rate

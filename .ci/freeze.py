@@ -1,6 +1,6 @@
 """Write constraints.txt anew: the newest releases that install together with all extras, and what holds others back.
 
-    python3 .ci/freeze.py torch==2.13.0
+    python3 .ci/freeze.py torch==2.13.0 pillow==12.3.0
 
 pip chooses freely in a new environment; only the packages named on the command line are pinned beforehand.
 """

@@ -15,7 +15,7 @@ from .configuration_nanogpt import ACTIVATIONS, NanoGPTConfig
 
 StateDict = dict[str, torch.Tensor]
 
-WRAPPERS = ("module.", "_orig_mod.")  # what DDP and torch.compile put in front of names
+WRAPPERS = ("module.", "_orig_mod.", "model.")  # what DDP, torch.compile and Lightning put in front of names
 BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks, unlike `.attn.c_attn.bias`
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 BIASED = ("c_attn", "c_proj", "c_fc", "ln_1", "ln_2", "ln_f")
@@ -151,8 +151,10 @@ def config_from_gpt2(config: GPT2Config) -> NanoGPTConfig:
 
 def config_to_gpt2(config: NanoGPTConfig, vocab_size: int) -> GPT2Config:
     """The configuration of a stock GPT-2 that keeps the first vocab_size tokens."""
+    shape = {key: getattr(config, key) for key in (*SHAPE, *SHARED)} | {"vocab_size": vocab_size}
+    shape["n_ctx"] = config.block_size  # transformers does not read it any more, but llama.cpp's converter does
     return GPT2Config(
-        **{key: getattr(config, key) for key in (*SHAPE, *SHARED)} | {"vocab_size": vocab_size},
+        **shape,
         n_positions=config.block_size,
         n_inner=config.intermediate_size,
         activation_function=config.activation_function,

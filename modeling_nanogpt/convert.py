@@ -5,8 +5,9 @@
     python -m modeling_nanogpt.convert out/quickstart out/quickstart-web --to web --cdn
     python -m modeling_nanogpt.convert out-gpt2/ckpt.pt out/mine --tokenizer openai-community/gpt2
 
-SOURCE is nanoGPT's ckpt.pt or the folder that holds it, or a folder or Hub id with a model of this project or of
-GPT-2's architecture. DESTINATION is a new folder, or a new .gguf file. --to says what DESTINATION will hold:
+SOURCE is a folder or Hub id with a model of this project or of GPT-2's architecture, nanoGPT's ckpt.pt or the folder
+that holds it, llm.c's model.bin, or a state dict, for which --n_head names the number of heads. DESTINATION is a new
+folder, or a new .gguf file. --to says what DESTINATION will hold:
 
     nanogpt   a model of this project with its code: training and sampling here start from it
     gpt2      a stock GPT2LMHeadModel without code of ours: serving tools read it
@@ -17,7 +18,7 @@ GPT-2's architecture. DESTINATION is a new folder, or a new .gguf file. --to say
 
 Weights keep their dtype in nanogpt, gpt2 and ckpt. For the others, --dtype says how the file stores the matrices.
 
-ckpt.pt carries no tokenizer, so --tokenizer has to name one. For a model trained on GPT-2's tokens this is
+A file carries no tokenizer, so --tokenizer has to name one. For a model trained on GPT-2's tokens this is
 openai-community/gpt2. For a model trained on the characters of input.txt, make the tokenizer first:
 
     python -m tokenization.prepare --corpus=input.txt --tokenizer=input.txt --data_dir=data/mine
@@ -49,7 +50,7 @@ PACKAGES = {"gguf": ("gguf",), "onnx": ("onnx", "onnxscript", "onnxruntime")}  #
 PACKAGES["web"] = PACKAGES["onnx"]
 
 parser = CommandParser("modeling_nanogpt.convert", usage="SOURCE DESTINATION [--flag VALUE ...]", description=__doc__)
-parser.add_path("source", metavar="SOURCE", help="folder, Hub id or ckpt.pt to read")
+parser.add_path("source", metavar="SOURCE", help="folder, Hub id or file to read")
 parser.add_path("destination", metavar="DESTINATION", help="new folder to write; for gguf, a new .gguf file")
 parser.add_argument("--to", choices=FORMATS, default="nanogpt", help="format to write (default: %(default)s)")
 parser.add_argument(
@@ -59,6 +60,9 @@ parser.add_argument(
     "web",
 )
 parser.add_path("--tokenizer", metavar="NAME", help="folder or Hub id of the tokenizer (default: the source's own)")
+parser.add_argument(
+    "--n_head", metavar="N", type=int, help="number of heads, for a state dict, which does not say this number"
+)
 parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a Hub id (default: main)")
 parser.add_path(
     "--node_modules", metavar="FOLDER", help="folder of npm packages, to copy transformers.js for --to=web"
@@ -100,6 +104,7 @@ def convert(
     tokenizer: str | None,
     revision: str | None = None,
     dtype: str | None = None,
+    n_head: int | None = None,
     node_modules: str | None = None,
     cdn: bool = False,
 ) -> None:
@@ -115,13 +120,15 @@ def convert(
         check_library(node_modules, cdn)
     elif node_modules or cdn:
         raise ValueError(f"--node_modules and --cdn are for --to=web: leave them out for --to={to}")
-    opened = open_source(source, revision)
+    opened = open_source(source, revision, n_head)
+    if n_head not in (None, opened.config.n_head):
+        raise ValueError(f"--n_head={n_head}, but {source} has n_head={opened.config.n_head}: leave it out")
     chosen = None if to == "ckpt" else choose_tokenizer(opened, tokenizer, revision)
     if chosen and to == "gguf":
         read_vocabulary(chosen)  # refuses a tokenizer that llama.cpp does not have, before any weight is read
     if to in ("onnx", "web"):
         check_size(opened.config)
-    if not opened.carries_tokenizer:
+    if opened.has_optimizer:
         print(f"{source}: the optimizer's state is left out", file=sys.stderr)
     try:
         with whole(destination) as path:
@@ -242,6 +249,8 @@ def write_gpt2(folder: Path, config: NanoGPTConfig, weights: StateDict, tokenize
         GPT2LMHeadModel, config_to_gpt2(config, count), weights_to_gpt2(weights, count), dtype_of(weights)
     )
     adopt_tokenizer(stock, tokenizer)
+    if tokenizer.unk_token is None:
+        tokenizer.unk_token = tokenizer.eos_token  # as GPT-2's own has it: CTranslate2 fails without one
     stock.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -297,6 +306,7 @@ def main(arguments: argparse.Namespace) -> None:
             tokenizer=arguments.tokenizer,
             revision=arguments.revision,
             dtype=arguments.dtype,
+            n_head=arguments.n_head,
             node_modules=arguments.node_modules,
             cdn=arguments.cdn,
         )

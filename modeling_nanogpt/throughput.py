@@ -1,30 +1,9 @@
-"""How much arithmetic training takes, and how much a device can do: FLOPs per token and peak FLOP/s, for the MFU."""
-
-import re
+"""How much arithmetic training takes, and how much a device can do: FLOPs a token and peak FLOP/s, for the MFU."""
 
 import torch
 
 from .configuration_nanogpt import NanoGPTConfig
-
-# Dense 16-bit tensor-core rates in FLOP/s with float32 accumulation, from NVIDIA's data sheets. The first name that is
-# part of the device's own name counts, so "H100 PCIe" stands before "H100".
-PEAK_FLOPS = {
-    "B200": 2250e12,
-    "GH200": 989e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "A10G": 70e12,
-    "L40S": 362e12,
-    "L40": 181e12,
-    "L4": 121e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-    "V100": 125e12,
-    "T4": 65e12,
-}
+from .gpus import peak_of
 
 
 def flops_per_token(config: NanoGPTConfig) -> float:
@@ -41,12 +20,23 @@ def flops_per_token(config: NanoGPTConfig) -> float:
     return 6.0 * weights + 12.0 * config.n_layer * config.n_embd * config.block_size
 
 
+def forward_flops(config: NanoGPTConfig) -> dict[str, float]:
+    """FLOPs of the forward pass for one token, by part of the model. Three times their sum is flops_per_token."""
+    assert config.intermediate_size is not None
+    width, layers = config.n_embd, config.n_layer
+    return {
+        "attn.c_attn": 2.0 * layers * 3 * width**2,
+        "attn: scores": 2.0 * layers * config.block_size * width,
+        "attn: values": 2.0 * layers * config.block_size * width,
+        "attn.c_proj": 2.0 * layers * width**2,
+        "mlp.c_fc": 2.0 * layers * width * config.intermediate_size,
+        "mlp.c_proj": 2.0 * layers * width * config.intermediate_size,
+        "lm_head": 2.0 * width * config.vocab_size,
+    }
+
+
 def peak_flops(device: torch.device) -> float | None:
     """The device's dense 16-bit FLOP/s, or None if that is not known, as for every CPU."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    for known, peak in PEAK_FLOPS.items():
-        if re.search(rf"\b{known}\b", name):
-            return peak
-    return None
+    return peak_of(torch.cuda.get_device_name(device))

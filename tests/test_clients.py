@@ -31,9 +31,13 @@ from transformers.distributed import DistributedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from modeling_nanogpt import NanoGPTForCausalLM
-from modeling_nanogpt.sources import open_source
+from modeling_nanogpt.convert import convert
+from modeling_nanogpt.modeling_nanogpt import CLASSES
+from modeling_nanogpt.sources import adopt_tokenizer, open_source
 from support.models import BLOCK, VOCAB, make_model, make_tokens
 from support.runs import call_together, finish
+from support.texts import TEXT
+from tokenization.vocabularies import train_bpe_tokenizer, train_char_tokenizer
 
 CODE = {"configuration_nanogpt.py", "modeling_nanogpt.py"}
 
@@ -185,7 +189,7 @@ def test_trainer_learns_and_its_checkpoints_are_whole_models(tmp_path):
         folder = tmp_path / f"checkpoint-{step}"
         assert {path.name for path in folder.glob("*.py")} == CODE
         auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
-        assert set(auto_map) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+        assert set(auto_map) == {"AutoConfig", *CLASSES}
     loaded, x = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True), make_tokens(2, 12)
     assert torch.equal(loaded(x).logits, trainer.model.eval()(x).logits)
 
@@ -413,6 +417,28 @@ def test_lm_eval_scores_a_local_task_as_one_does_by_hand(run, tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Export
+
+
+@pytest.mark.parametrize("kind", ["char", "bpe"])
+def test_ctranslate2_continues_a_prompt_as_transformers_does(kind, tmp_path):
+    ctranslate2 = pytest.importorskip("ctranslate2", reason="ctranslate2 is not installed")
+    tokenizer = train_char_tokenizer([TEXT]) if kind == "char" else train_bpe_tokenizer([TEXT], 400)
+    model = make_model(vocab_size=len(tokenizer) + 3)
+    adopt_tokenizer(model, tokenizer)
+    tokenizer.unk_token = None  # as in a model of an earlier release
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    convert(str(tmp_path / "model"), tmp_path / "gpt2", to="gpt2", tokenizer=None)
+    ctranslate2.converters.TransformersConverter(str(tmp_path / "gpt2")).convert(str(tmp_path / "ct2"))
+
+    generator = ctranslate2.Generator(str(tmp_path / "ct2"), intra_threads=1)
+    inputs = tokenizer("def", return_tensors="pt")
+    start, tokens = inputs.input_ids.shape[1], tokenizer.convert_ids_to_tokens(inputs.input_ids[0])
+    settings = {"include_prompt_in_result": False, "end_token": []}
+    (result,) = generator.generate_batch([tokens], max_length=20, min_length=20, sampling_topk=1, **settings)
+    ids = model.generate(**inputs, do_sample=False, max_new_tokens=20, eos_token_id=None)[0]
+    assert result.sequences_ids[0] == ids[start:].tolist()
+
 
 SHAPES = [(1, 1), (3, BLOCK), (5, 7)]  # the example has another shape
 

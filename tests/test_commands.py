@@ -12,6 +12,9 @@ MODULES = {
     "train": "train_accelerate",
     "sample": "modeling_nanogpt.sample",
     "convert": "modeling_nanogpt.convert",
+    "sizing": "modeling_nanogpt.sizing",
+    "compare": "modeling_nanogpt.compare",
+    "evaluate": "modeling_nanogpt.evaluate",
     "prepare": "tokenization.prepare",
 }
 PROGRAMS = {name: f"python -m {module}" for name, module in MODULES.items()} | {"train": "train_accelerate.py"}

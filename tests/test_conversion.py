@@ -193,6 +193,7 @@ def test_a_stock_gpt2_has_our_logits(tmp_path, monkeypatch, tokenizer, bias, act
     run_convert(monkeypatch, tmp_path / "a", tmp_path / "b", "--to", "gpt2", "--tokenizer", tokenizer)
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "b").eval()
     assert type(stock) is GPT2LMHeadModel and stock.config.vocab_size == 322
+    assert json.loads((tmp_path / "b" / "config.json").read_text())["n_ctx"] == 16  # llama.cpp's converter reads it
     torch.testing.assert_close(logits(stock), logits(model)[..., :322], atol=1e-5, rtol=1e-5)
     biases = [parameter for name, parameter in stock.named_parameters() if name.endswith("bias")]
     assert len(biases) == 2 * 6 + 1

@@ -8,16 +8,19 @@ import pytest
 import torch
 import yaml
 
-from modeling_nanogpt import NanoGPTForCausalLM
+from modeling_nanogpt import NanoGPTConfig, NanoGPTForCausalLM
 from modeling_nanogpt.sources import choose_config
 from modeling_nanogpt.training.starting import given_shape
 from support import ROOT
+from support.tiny_run import train
 from train_accelerate import RECIPES, DataArguments, ModelArguments, RunArguments, parse_arguments
 
-README = ROOT / "README.md"
+TABLE = ROOT / "docs" / "recipes.md"
 ALL_ARGUMENTS = (ModelArguments, DataArguments, RunArguments)
 KNOBS = [field.name for arguments in ALL_ARGUMENTS for field in dataclasses.fields(arguments)]
 SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+# the shapes of OpenAI's models, which some recipes start from: layers, heads, width
+GPT2 = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
 SHAKESPEARE_CHARACTERS, SHAKESPEARE_TRAIN = 65, 1_003_854  # nanoGPT's own count: vocabulary, characters to train on
 
 
@@ -53,6 +56,11 @@ def build_model(name):
     """The model of a recipe, without weights, and with the vocabulary that the trainer would give it."""
     model_args, data_args, _ = parse_arguments([str(shipped(name))])
     config = choose_config(given_shape(vars(model_args)), None)
+    if model_args.init_from != "scratch":
+        layers, heads, width = GPT2[model_args.init_from.removeprefix("openai-community/")]
+        config = NanoGPTConfig(vocab_size=50_257, n_layer=layers, n_head=heads, n_embd=width, bias=True)
+        with torch.device("meta"):
+            return NanoGPTForCausalLM(config)
     tokens = {"bpe": data_args.vocab_size, "gpt2": 50_257, "char": SHAKESPEARE_CHARACTERS + 256 + 1}[
         data_args.tokenizer
     ]
@@ -98,11 +106,40 @@ def refusal(capsys):
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_recipe_parses_and_its_shape_is_a_model(name):
     knobs = resolve(shipped(name))
-    assert knobs.out_dir == f"out/{name}" and knobs.data_dir == f"data/{name.removesuffix('_fast')}"
-    assert knobs.corpus is not None
+    assert knobs.out_dir == f"out/{name}" and knobs.corpus is not None
     config = build_model(name).config
     for key in ("block_size", "n_layer", "n_head", "n_embd"):
-        assert getattr(config, key) == getattr(knobs, key)
+        assert getattr(knobs, key) in (getattr(config, key), None if knobs.init_from != "scratch" else ...)
+
+
+def test_recipes_that_share_a_data_dir_have_the_same_data():
+    data = {}
+    keys = ("corpus", "corpus_config", "tokenizer", "val_fraction", "vocab_size")
+    for name in SHIPPED:
+        knobs = resolve(shipped(name))
+        data.setdefault(knobs.data_dir, set()).add(tuple(getattr(knobs, key) for key in keys))
+    assert all(len(kinds) == 1 for kinds in data.values())
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_recipe_trains(name, tmp_path, run):
+    """Two steps of a small model, on a text in place of the recipe's."""
+    knobs = resolve(shipped(name))
+    flags = yaml.safe_load(text_of(name)) | {"tokenizer": "char", "max_iters": 2, "eval_interval": 2}
+    flags |= {"batch_size": 2, "gradient_accumulation_steps": 2, "eval_tokens": 64, "num_proc": 1, "val_fraction": 0.1}
+    flags |= {"always_save_checkpoint": True}
+    if knobs.init_from == "scratch":
+        flags |= {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16}
+    else:
+        flags["init_from"] = run.out_dir
+    flags = {key: value for key, value in flags.items() if not key.startswith("corpus")} | {
+        "data_dir": tmp_path / "data"
+    }
+    trained = train(tmp_path, **flags)
+    if knobs.eval_only:
+        assert not trained.out_dir.exists()
+    else:
+        assert len(trained.val_losses) == 2 and (trained.out_dir / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -121,7 +158,7 @@ def test_the_arithmetic_in_a_recipe_is_that_of_its_knobs(name):
     knobs, comments = resolve(shipped(name)), comments_of(name)
     factors = re.search(r"A step is ([\d,]+) \* ([\d,]+) \* ([\d,]+) = ([\d,]+) tokens", comments).groups()
     *factors, product = (number_of(words)[0] for words in factors)
-    assert factors == [knobs.gradient_accumulation_steps, knobs.batch_size, knobs.block_size]
+    assert factors == [knobs.gradient_accumulation_steps, knobs.batch_size, knobs.block_size or 1024]
     assert product == factors[0] * factors[1] * factors[2]
     steps, tokens = re.search(r"([\d,]+) steps are ([\d.]+[MB]) tokens", comments).groups()
     assert number_of(steps)[0] == knobs.max_iters
@@ -137,14 +174,15 @@ def test_the_arithmetic_in_a_recipe_is_that_of_its_knobs(name):
         ("shakespeare_char_cpu", "one and a half times over", 1.5, SHAKESPEARE_TRAIN),
         ("shakespeare_char_fast", "33 times over", 33, SHAKESPEARE_TRAIN),
         ("shakespeare_char_cpu_fast", "one and a half times over", 1.5, SHAKESPEARE_TRAIN),
-        ("openwebtext", "33 times over", 33, 9_035_582_198),  # nanoGPT's own count
-        ("openwebtext_fast", "11 times over", 11, 9_035_582_198),
+        ("gpt2_124m", "33 times over", 33, 9_035_582_198),  # nanoGPT's own count
+        ("gpt2_124m_fast", "11 times over", 11, 9_035_582_198),
         ("fineweb_edu_10b", "once over", 1, 10e9),
+        ("finetune_shakespeare", "2.2 times over", 2.17, 301_966),
     ],
 )
 def test_a_recipe_says_how_often_it_reads_the_text(name, words, times, text):
     knobs = resolve(shipped(name))
-    tokens = knobs.max_iters * knobs.gradient_accumulation_steps * knobs.batch_size * knobs.block_size
+    tokens = knobs.max_iters * knobs.gradient_accumulation_steps * knobs.batch_size * (knobs.block_size or 1024)
     assert words in comments_of(name).replace("\n ", " ")
     assert tokens / text == pytest.approx(times, rel=0.04)
 
@@ -155,9 +193,9 @@ def test_the_parameters_that_a_recipe_names_are_the_models(name):
     assert build_model(name).num_parameters() == pytest.approx(value, abs=precision)
 
 
-def test_the_readme_lists_every_recipe_with_its_size():
-    row = r"\[(\w+)\]\(hub_configs/\1\.yaml\) \|.*\| ([\d.]+[MB]) parameters, context (\d+) \|"
-    rows = re.findall(row, README.read_text(encoding="utf-8"))
+def test_the_table_lists_every_recipe_with_its_size():
+    row = r"\[(\w+)\]\(\.\./hub_configs/\1\.yaml\) \|.*\| ([\d.]+[MB]) parameters, context (\d+) \|"
+    rows = re.findall(row, TABLE.read_text(encoding="utf-8"))
     assert sorted(name for name, _, _ in rows) == SHIPPED
     for name, parameters, context in rows:
         value, precision = number_of(parameters)
@@ -170,7 +208,7 @@ def test_the_readme_lists_every_recipe_with_its_size():
 def test_a_fast_recipe_has_another_optimizer_for_the_same_model_and_data(name):
     fast, plain = vars(resolve(shipped(name))), vars(resolve(shipped(name.removesuffix("_fast"))))
     changed = {key for key in fast if fast[key] != plain[key]} - {"out_dir", "max_iters", "lr_decay_iters"}
-    measured = set() if name.startswith("openwebtext") else {"beta1", "momentum"}  # measured with small steps only
+    measured = set() if name.startswith("gpt2_124m") else {"beta1", "momentum"}  # measured with small steps only
     assert changed == {"optimizer", "learning_rate", "lr_schedule", "min_lr", "warmup_iters"} | measured
     assert (fast["optimizer"], plain["optimizer"]) == ("muon", "adamw")
 
@@ -255,6 +293,7 @@ def test_the_defaults_are_nanogpts(recipe):
             "warmup_iters": 2000,
             "eval_interval": 2000,
             "always_save_checkpoint": True,
+            "patience": 0,
             "seed": 1337,
         }.items()
     )

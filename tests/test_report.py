@@ -17,9 +17,17 @@ from transformers import AutoTokenizer
 
 from modeling_nanogpt import NanoGPTConfig, NanoGPTForCausalLM
 from modeling_nanogpt.throughput import flops_per_token
+from modeling_nanogpt.training.checkpointing import TrainState
 from modeling_nanogpt.training.describing import RunFacts
-from modeling_nanogpt.training.report import Report, draw_samples, find_commit, plot_losses, training_seconds
-from support.tiny_run import TINY
+from modeling_nanogpt.training.report import (
+    Report,
+    draw_samples,
+    find_commit,
+    in_one_line,
+    plot_losses,
+    training_seconds,
+)
+from support.tiny_run import TINY, train
 from train_accelerate import RECIPES
 
 LOGGED, TRAINING, VALIDATION = (198, 219, 239), (31, 119, 180), (255, 127, 14)
@@ -46,7 +54,7 @@ def facts_of(card):
 
 
 def samples_of(card):
-    return re.findall(r"^(`{3,})text\n(.*?)\n\1$", card.split("## Samples")[1], re.S | re.M)
+    return re.findall(r"^(`{3,})text\n(.*?)\n\1$", card.split("## Samples")[1].split("## How it")[0], re.S | re.M)
 
 
 def code_of(card):
@@ -87,17 +95,19 @@ def make_report(record, name="a-model", block_size=16, recipe=None):
         data=record,
         step_tokens=50,
         hardware="a machine",
+        compiled=False,
         resumed_from=None,
         introduction="",
     )
     return Report(facts, template, name, "abc")
 
 
-def write(folder, history, record, samples=(), earlier=None, **kwargs):
+def write(folder, history, record, samples=(), learned=(), earlier=None, **kwargs):
     """Write the report on a run that never took place. Returns the card."""
     folder.mkdir(exist_ok=True)
     report = make_report(record, **kwargs)
-    report.write(folder, history, history[-1]["step"], samples, earlier or folder / "README.md")
+    state = TrainState(step=history[-1]["step"], history=history, samples=learned)
+    report.write(folder, state, samples, earlier or folder / "README.md")
     return (folder / "README.md").read_text(encoding="utf-8")
 
 
@@ -297,7 +307,7 @@ def test_the_card_names_the_versions_that_the_run_used(card):
 
 def test_the_files_that_the_card_points_to_are_there(run, card):
     links = re.findall(r"\]\(([^):]+)\)", card)
-    assert {"loss.png", "run.yaml", "history.jsonl"} == set(links)
+    assert {"loss.png", "run.yaml", "history.jsonl", "samples.jsonl"} == set(links)
     assert all((run.out_dir / link).is_file() for link in links)
 
 
@@ -321,8 +331,37 @@ def test_the_code_in_a_runs_own_card_runs(run, card, monkeypatch, capsys):
     assert len(capsys.readouterr().out) > 1
 
 
+def test_each_save_leaves_a_sample_and_a_line(tmp_path, capsys):
+    run = train(tmp_path, eval_interval=5, max_iters=15)
+    samples = [json.loads(line) for line in (run.out_dir / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [each["step"] for each in samples] == [5, 10, 15]
+    said = capsys.readouterr().out
+    for each in samples:
+        assert f"step {each['step']}: sample: {in_one_line(each['text'])}\n" in said
+    assert len({each["text"] for each in samples}) > 1  # the model has changed
+    model, tokenizer = NanoGPTForCausalLM.from_pretrained(run.out_dir), AutoTokenizer.from_pretrained(run.out_dir)
+    assert samples[-1]["text"] == draw_samples(model, tokenizer)[0]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Reports on made-up runs
+
+
+def test_the_card_shows_how_the_model_learned(tmp_path):
+    learned = [{"step": step, "text": f"text of step {step}"} for step in (10, 20, 30, 40, 50)]
+    card = write(tmp_path, [{"step": 50, "val_loss": 2.0}], RECORD, learned=learned)
+    part = card.split("## How it learned")[1].split("## Use it")[0]
+    assert re.findall(r"text of step (\d+)", part) == ["10", "30", "50"]
+    card = write(tmp_path, [{"step": 10, "val_loss": 2.0}], RECORD, learned=learned[:1])
+    assert card.count("text of step 10") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [("a\nb", "a b"), ("\n\n  a\tb ", "a b"), ("a\x1b[31mb", "a [31mb"), ("", ""), ("x" * 200, "x" * 89 + "…")],
+)
+def test_a_sample_is_shown_in_one_line(text, line):
+    assert in_one_line(text) == line
 
 
 @pytest.mark.parametrize("val_loss", [0.0, 709.0, 710.0, 1e30, math.inf, math.nan])

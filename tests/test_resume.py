@@ -334,6 +334,7 @@ OTHER |= {
 # compared themselves.
 FREE = {"init_from", "out_dir", "batch_size", "gradient_accumulation_steps", "max_iters"}
 FREE |= {"eval_interval", "eval_tokens", "log_interval", "always_save_checkpoint", "save_interval", "keep_checkpoints"}
+FREE |= {"patience"}
 FREE |= {"max_nonfinite_steps", "report_to", "eval_only", "prepare_only"}
 FREE |= {"decay_lr"}  # it only sets lr_schedule and warmup_iters
 FREE |= {"push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy"}

@@ -92,8 +92,8 @@ def test_nothing_is_added_to_a_prompt(tokenizer):
 # What a batch of prompts gets
 
 
-def test_end_of_text_begins_ends_and_pads(tokenizer):
-    assert tokenizer.eos_token == tokenizer.bos_token == tokenizer.pad_token == END
+def test_end_of_text_begins_ends_pads_and_is_the_unknown_token(tokenizer):
+    assert tokenizer.eos_token == tokenizer.bos_token == tokenizer.pad_token == tokenizer.unk_token == END
     assert tokenizer.eos_token_id == tokenizer.bos_token_id == tokenizer.pad_token_id
     assert tokenizer.decode([tokenizer.eos_token_id]) == END
     assert tokenizer.decode([tokenizer.eos_token_id], skip_special_tokens=True) == ""

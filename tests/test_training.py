@@ -37,6 +37,7 @@ def test_out_dir_is_a_whole_model_repository(run):
         "loss.png",
         "run.yaml",
         "history.jsonl",
+        "samples.jsonl",
         "checkpoints",
         ".lock",  # empty; no upload takes hidden files
     }
@@ -149,7 +150,7 @@ def test_two_processes_train_on_the_same_windows(tmp_path):
     assert finish(*running) == [0, 0], (tmp_path / "log.0").read_text()
     said = "".join((tmp_path / f"log.{rank}").read_text() for rank in (0, 1))
     assert "2 processes by DDP (cpu, 1 thread each), float32" in said
-    assert said.count("step 20: ") == 1  # only one process prints
+    assert said.count("step 20: train") == said.count("step 20: sample") == 1  # only one process prints
     history = [json.loads(line) for line in (tmp_path / "two" / "history.jsonl").read_text().splitlines()]
     assert [entry["loss"] for entry in history if "loss" in entry] == pytest.approx(one.losses, abs=1e-5)
     assert [entry["lr"] for entry in history if "lr" in entry] == one.rates
@@ -225,6 +226,20 @@ def test_only_the_best_model_is_kept_unless_all_are(tmp_path):
     assert best.val_losses == latest.val_losses[:2]
     assert whole_split_loss(best, "val") == pytest.approx(latest.val_losses[1], abs=1e-5)
     assert whole_split_loss(latest, "val") == pytest.approx(latest.val_losses[-1], abs=1e-5)
+
+
+def test_patience_stops_the_run_and_keeps_the_best_model(tmp_path, capsys):
+    # as above, the first evaluation after the start is the best one
+    flags = {"eval_interval": 2, "decay_lr": "false", "warmup_iters": 0, "learning_rate": 0.1, "grad_clip": 0}
+    best = train(tmp_path, **flags, patience=2)
+    assert "stopped at step 6: 2 evaluations without a lower val loss" in capsys.readouterr().out
+    assert whole_split_loss(best, "val") == pytest.approx(min(best.val_losses), abs=1e-5)
+    assert [path.name for path in sorted(best.out_dir.glob("checkpoints/*"))][-1] == "step-00000006"
+    train(tmp_path, **flags, patience=2, init_from="resume")  # is over at once
+    said = capsys.readouterr().out
+    assert "stopped at step 6" in said and "step 8" not in said
+    train(tmp_path, **flags, patience=3, init_from="resume")
+    assert "stopped at step 8: 3 evaluations" in capsys.readouterr().out
 
 
 def test_compiled_training_equals_eager_and_leaves_no_prefix(run, tmp_path):

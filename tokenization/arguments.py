@@ -230,8 +230,10 @@ def flag_options(field: dataclasses.Field, kind: Any) -> dict:
         help += f" (default: {default})"
     if typing.get_origin(kind) is Literal:
         return {"help": help, "choices": typing.get_args(kind)}
-    if kind is bool:  # `--compile` alone is true
+    if kind is bool:  # `--push_to_hub` alone is true
         return {"help": help, "metavar": "true|false", "type": read_bool, "nargs": "?", "const": True}
+    if kind == bool | Literal["auto"]:
+        return {"help": help, "metavar": "auto|true|false", "type": read_switch, "nargs": "?", "const": True}
     read: dict[type, Callable] = {int: read_int, float: read_float, str: read_path if field.metadata["path"] else str}
     names = {int: "N", float: "X", str: "TEXT"}
     return {"help": help, "metavar": names[kind], "type": read[kind]}
@@ -241,6 +243,12 @@ def read_bool(text: str) -> bool:
     if text.lower() not in TRUE + FALSE:
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
     return text.lower() in TRUE
+
+
+def read_switch(text: str) -> bool | str:
+    if text.lower() not in ("auto", *TRUE, *FALSE):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither auto, true nor false")
+    return "auto" if text.lower() == "auto" else read_bool(text)
 
 
 def read_int(text: str) -> int:

@@ -23,6 +23,18 @@ def convert() -> None:
     run("modeling_nanogpt.convert")
 
 
+def evaluate() -> None:
+    run("modeling_nanogpt.evaluate")
+
+
+def compare() -> None:
+    run("modeling_nanogpt.compare")
+
+
+def sizing() -> None:
+    run("modeling_nanogpt.sizing")
+
+
 def run(module: str) -> None:
     """Run a module as its own program.
 

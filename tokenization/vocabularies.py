@@ -121,6 +121,7 @@ def fast_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,
         pad_token=END_OF_TEXT,
+        unk_token=END_OF_TEXT,  # as GPT-2's own has it, because some tools fail without one; no text is encoded to it
         padding_side="left",  # a batch of prompts is continued on its right
         clean_up_tokenization_spaces=False,
     )

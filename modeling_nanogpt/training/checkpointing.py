@@ -35,14 +35,17 @@ TENSORS, STATE = "training_state.pt", "state.json"
 class TrainState:
     """How far a run has come.
 
-    `step` counts finished optimizer steps, and `history` is the log so far. `losses` (nats a token) are those of the
-    steps since the last entry of the log, with None for a skipped step. `nonfinite` counts the skipped steps in a row.
-    `scaler` is the state of the loss scaler of float16.
+    `step` counts finished optimizer steps, `history` is the log so far, and `samples` has the first sample of each
+    save. `stale` counts the evaluations since the one with the lowest validation loss. `losses` (nats a token) are
+    those of the steps since the last entry of the log, with None for a skipped step. `nonfinite` counts the skipped
+    steps in a row. `scaler` is the state of the loss scaler of float16.
     """
 
     step: int = 0
     best_val_loss: float = math.inf
+    stale: int = 0
     history: list[dict] = dataclasses.field(default_factory=list)
+    samples: list[dict] = dataclasses.field(default_factory=list)
     losses: list[float | None] = dataclasses.field(default_factory=list)
     nonfinite: int = 0
     scaler: dict = dataclasses.field(default_factory=dict)
@@ -50,6 +53,10 @@ class TrainState:
     def __post_init__(self):
         if self.best_val_loss is None:  # what to_json makes of infinity
             self.best_val_loss = math.inf
+
+    def is_stale(self, patience: int) -> bool:
+        """Whether the last `patience` evaluations were no better than an earlier one. Patience 0 never ends."""
+        return 0 < patience <= self.stale
 
 
 def gather_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from ..arithmetic import Choice
 from ..configuration_nanogpt import NanoGPTConfig
 from ..modeling_nanogpt import NanoGPTForCausalLM
 from ..throughput import flops_per_token
@@ -23,6 +24,7 @@ class RunFacts:
     data: dict  # prepared.json of the data_dir
     step_tokens: int  # tokens in an optimizer step
     hardware: str  # processes, devices and precision
+    compiled: bool
     resumed_from: Path | None  # the checkpoint that this run goes on from
     introduction: str  # the first lines of the log
 
@@ -34,21 +36,30 @@ class RunFacts:
     @property
     def identity(self) -> dict:
         """What a resumed run must find again: its flags, the model's shape, and its data."""
-        return {"recipe": self.recipe, "config": self.config.to_dict(), "data": identify_data(self.data)}
+        shape, data = self.config.to_dict(), identify_data(self.data)
+        return {"recipe": self.recipe, "config": shape, "data": data, "compile": self.compiled}
 
 
 def describe_run(
-    flags, recipe: dict, start: Start, model: NanoGPTForCausalLM, data: dict, accelerator: Accelerator
+    flags,
+    recipe: dict,
+    start: Start,
+    model: NanoGPTForCausalLM,
+    data: dict,
+    accelerator: Accelerator,
+    precision: Choice,
+    compiled: Choice,
 ) -> RunFacts:
     """The facts of a run. `data` is prepared.json.
 
-    `flags` are the trainer's, and `recipe` has all flags as they were given. The two differ in the batch size if it
-    was found automatically.
+    `flags` are the trainer's, and `recipe` has all flags as they were given. The two differ in what was found
+    automatically, such as the batch size.
     """
     config, parameters, hardware = model.config, model.num_parameters(), describe(accelerator)
     step_tokens = flags.batch_size * flags.gradient_accumulation_steps * config.block_size
     introduction = (
-        f"{hardware}, {flags.attn_implementation} attention, compile={flags.compile}\n"
+        f"{hardware}{in_brackets(precision.reason)}, {flags.attn_implementation} attention, "
+        f"compile={compiled.value}{in_brackets(compiled.reason)}\n"
         f"{parameters:,} parameters, {flops_per_token(config):.3g} FLOPs a token, "
         f"{data['tokens']['train']:,} tokens to train on\n"
         f"a step: {step_tokens:,} tokens in {flags.gradient_accumulation_steps} micro-batches of "
@@ -64,9 +75,14 @@ def describe_run(
         data=data,
         step_tokens=step_tokens,
         hardware=hardware,
+        compiled=compiled.value,
         resumed_from=start.checkpoint,
         introduction=introduction,
     )
+
+
+def in_brackets(reason: str) -> str:
+    return f" ({reason})" if reason else ""
 
 
 def resolve_recipe(*arguments) -> dict:

@@ -25,6 +25,8 @@ def end_run(accelerator: Accelerator, saver: Saver, state: TrainState, *, stoppe
     if not failure and stopped_by:
         accelerator.print(f"stopped by a signal after step {state.step}; --init_from=resume goes on from there")
     if not failure and not stopped_by:
+        if state.step < saver.facts.recipe["max_iters"]:
+            accelerator.print(f"stopped at step {state.step}: {state.stale} evaluations without a lower val loss")
         accelerator.print(f"best val loss {state.best_val_loss:.4f}; the model is in {out_dir}")
     # Wait for the last save. A process that left at once could also hang in the destructor of gloo, which holds the
     # GIL while one of its threads still needs the GIL to free the last gathered tensor.

@@ -6,27 +6,27 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils.memory import should_reduce_batch_size
 from transformers import PreTrainedModel
 
 
-def windows_in_step(flags, accelerator: Accelerator) -> int:
+def windows_in_step(flags, processes: PartialState) -> int:
     """The windows of an optimizer step, over all processes. Raises ValueError if they cannot share them equally.
 
     If the size of a micro-batch is found automatically, then only the number of windows must be divisible.
     """
-    micro_batches, processes = flags.gradient_accumulation_steps, accelerator.num_processes
+    micro_batches, count = flags.gradient_accumulation_steps, processes.num_processes
     windows, automatic = flags.batch_size * micro_batches, flags.auto_batch_size
-    if automatic and accelerator.device.type != "cuda":
+    if automatic and processes.device.type != "cuda":
         raise ValueError(
             "auto_batch_size needs a GPU, because a batch that is too large for the memory of a CPU may bring down "
             "the system: choose a --batch_size"
         )
-    if (windows if automatic else micro_batches) % processes:
+    if (windows if automatic else micro_batches) % count:
         raise ValueError(
             f"gradient_accumulation_steps={micro_batches} counts the micro-batches of all processes: it must be "
-            f"divisible by their number, {processes}"
+            f"divisible by their number, {count}"
         )
     return windows
 

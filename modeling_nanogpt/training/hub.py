@@ -16,10 +16,10 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from huggingface_hub.utils import WeakFileLock, disable_progress_bars, validate_repo_id
 from tqdm import tqdm
 
+from ..card_notes import notes_of, with_notes
 from ..sources import first_line
 from .atomic import folder_written_aside
 from .checkpointing import CHECKPOINTS, in_order, list_checkpoints
-from .report import notes_of, with_notes
 
 LAST = "last-checkpoint"  # in the repository: holds the newest checkpoint of the run
 REFUSALS = (400, 401, 402, 403, 404)  # HTTP statuses that waiting does not mend

@@ -88,8 +88,9 @@ class Log:
         if not math.isfinite(val_loss):
             self.say(f"step {state.step}: training has diverged; a lower --learning_rate or --grad_clip=1 may help")
         improved = val_loss < state.best_val_loss  # NaN never is
+        state.stale += 1
         if improved:
-            state.best_val_loss = val_loss
+            state.best_val_loss, state.stale = val_loss, 0
         return improved
 
     def entry(self, summary: dict, *, lr: float, steps_per_second: float) -> None:

@@ -13,10 +13,11 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 from transformers import PreTrainedTokenizerBase
 
+from ..card_notes import notes_of, with_notes
 from ..decoding import continue_prompt, opening
 from ..modeling_nanogpt import NanoGPTForCausalLM
 from ..throughput import flops_per_token
-from .checkpointing import to_json
+from .checkpointing import TrainState, to_json
 from .describing import RunFacts
 
 METRICS = {
@@ -35,24 +36,26 @@ class Report:
     name: str  # the folder or Hub id that the card's code loads
     commit: str | None  # of this project's checkout
 
-    def write(self, folder: Path, history: list[dict], step: int, samples: list[str], earlier: Path) -> None:
-        """Write README.md, loss.png, history.jsonl and run.yaml into the folder of a model that was just saved.
+    def write(self, folder: Path, state: TrainState, samples: list[str], earlier: Path) -> None:
+        """Write the card, the plot, the log, the samples and the recipe into the folder of a model just saved.
 
-        `history` is the log up to optimizer step `step`. Its last entry holds the validation loss in nats a token.
-        If there is an `earlier` card, its notes are kept.
+        The last entry of the log holds the validation loss in nats a token. If there is an `earlier` card, its notes
+        are kept.
         """
-        card = self.card(history, step, samples)
+        card = self.card(state, samples)
         if earlier.is_file():
             card = with_notes(card, notes_of(earlier.read_text(encoding="utf-8")))
         (folder / "README.md").write_text(card, encoding="utf-8")
-        lines = "".join(to_json(entry) + "\n" for entry in history)
-        (folder / "history.jsonl").write_text(lines, encoding="utf-8")
+        for name, entries in (("history.jsonl", state.history), ("samples.jsonl", state.samples)):
+            lines = "".join(to_json(entry) + "\n" for entry in entries)
+            (folder / name).write_text(lines, encoding="utf-8")
         flags = yaml.safe_dump(self.facts.recipe, sort_keys=False, allow_unicode=True)
         (folder / "run.yaml").write_text(flags, encoding="utf-8")
-        plot_losses(folder / "loss.png", history, self.facts.step_tokens)
+        plot_losses(folder / "loss.png", state.history, self.facts.step_tokens)
 
-    def card(self, history: list[dict], step: int, samples: list[str]) -> str:
+    def card(self, state: TrainState, samples: list[str]) -> str:
         """The model card: YAML that the Hub reads, then Markdown."""
+        history, step = state.history, state.step
         data, tokens_seen = self.facts.data, step * self.facts.step_tokens
         values = measure(float(history[-1]["val_loss"]), data)
         start, revision = self.facts.recipe.get("init_from", "scratch"), data.get("revision")
@@ -68,6 +71,7 @@ class Report:
             "perplexity": f"{values['perplexity']:.2f}",
             "bits_per_byte": f"{values['bits_per_byte']:.4f}",
             "samples": "\n\n".join(fence(sample) for sample in samples) or "None were drawn.",
+            "earlier_samples": show_learning(state.samples),
             "sample_length": min(100, self.facts.config.block_size),
             "vocab_size": f"{data['vocab_size']:,}",
             "train_tokens": f"{data['tokens']['train']:,}",
@@ -198,6 +202,20 @@ def draw_samples(model: NanoGPTForCausalLM, tokenizer: PreTrainedTokenizerBase) 
     return texts
 
 
+def in_one_line(text: str, longest: int = 90) -> str:
+    """The beginning of a text, without line ends and control characters."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return line if len(line) <= longest else f"{line[: longest - 1]}…"
+
+
+def show_learning(samples: list[dict]) -> str:
+    """The first sample of the first, a middle and the last save, as Markdown."""
+    chosen = {each["step"]: each["text"] for each in (samples[:1] + samples[len(samples) // 2 :][:1] + samples[-1:])}
+    return (
+        "\n\n".join(f"After {step:,} steps:\n\n{fence(text)}" for step, text in chosen.items()) or "None were drawn."
+    )
+
+
 def fence(text: str, language: str = "text") -> str:
     """A text as a Markdown block that nothing in the text can end, without control characters."""
     text = "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
@@ -247,20 +265,3 @@ def plot_losses(path: Path, history: list[dict], step_tokens: int) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A person's own words in a model card: what stands between two marks stays when the card is written again
-
-NOTES = re.compile(r"(?<=<!-- your notes -->\n).*?(?=<!-- end of your notes -->)", re.S)
-
-
-def notes_of(card: str) -> str:
-    """The text between the two marks of a card, or nothing if a mark is missing."""
-    found = NOTES.search(card)
-    return found[0] if found else ""
-
-
-def with_notes(card: str, notes: str) -> str:
-    """The card with these notes between its marks."""
-    return NOTES.sub(lambda _: notes, card, count=1)

@@ -18,7 +18,7 @@ from .checkpointing import TrainState, gather_tensors, save_checkpoint
 from .describing import RunFacts
 from .holding import hold
 from .hub import Pusher, start_pusher
-from .report import Report, draw_samples, find_commit
+from .report import Report, draw_samples, find_commit, in_one_line
 from .starting import superseded_by
 
 
@@ -68,14 +68,19 @@ class Saver:
         """Make out_dir a complete model repository, and have it pushed. Every process takes part."""
         weights = self.accelerator.get_state_dict(self.model)
         samples = draw_samples(self.accelerator.unwrap_model(self.model), self.tokenizer)
+        if samples:
+            state.samples.append({"step": state.step, "text": samples[0]})
         if self.accelerator.is_main_process:
+            if samples:
+                tqdm.write(f"step {state.step}: sample: {in_one_line(samples[0])}")
+                sys.stdout.flush()  # so that the log file of a killed run holds the line
             self._attempt("the model", lambda: self._write_model(state, weights, samples))
 
     def _write_model(self, state: TrainState, weights: dict[str, torch.Tensor], samples: list[str]) -> None:
         with files_written_aside(self.out_dir) as folder:
             save_gathered(folder, self.accelerator.unwrap_model(self.model), weights)
             self.tokenizer.save_pretrained(folder)
-            self.report.write(folder, state.history, state.step, samples, earlier=self.out_dir / "README.md")
+            self.report.write(folder, state, samples, earlier=self.out_dir / "README.md")
         if self.pusher:
             self.pusher.saved(f"step {state.step}: val loss {state.history[-1]['val_loss']:.4f}")
 

@@ -23,6 +23,7 @@ TINY = {
     "warmup_iters": 2,
     "eval_interval": 10,
     "log_interval": 1,
+    "compile": False,  # on a GPU, compiling would take most of the time
 }
 
 

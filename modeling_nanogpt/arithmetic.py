@@ -1,0 +1,110 @@
+"""What a run computes with: its precision, and whether its model is compiled. By default, what is fast here."""
+
+import os
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedConfig
+
+from .configuration_nanogpt import NanoGPTConfig
+from .muon import arithmetic_dtype
+from .sources import first_line
+from .throughput import flops_per_token
+
+PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # our names, and Accelerate's
+# On a CPU with instructions for bfloat16, a step in bfloat16 takes as long as one in float32 at 128 wide, two thirds
+# of its time at 192 wide, and less at more: the casts between the products cost more than small products gain.
+WIDE = 192
+# FLOPs of a run that takes a CPU about ten minutes or more. Compiling takes about one.
+LONG = 1e14
+
+
+class Choice(NamedTuple):
+    """What was chosen, and the reason, unless a flag has named it."""
+
+    value: Any
+    reason: str
+
+
+def check(flags, device: torch.device) -> None:
+    """Raise ValueError if the device cannot compute as the trainer's flags, or `accelerate launch`, ask."""
+    launched = launched_precision()
+    wanted = launched if flags.dtype == "auto" else PRECISIONS[flags.dtype]
+    if launched not in ("no", wanted):
+        raise ValueError(
+            f"dtype={flags.dtype}, but accelerate launch asks for mixed_precision={launched}: leave out --dtype, or "
+            f"give accelerate launch --mixed_precision={wanted}"
+        )
+    if flags.attn_implementation == "flex_attention" and device.type == "cpu":
+        raise ValueError(
+            "attn_implementation=flex_attention trains on a GPU only: use --attn_implementation=sdpa or eager"
+        )
+    if wanted == "fp16" and device.type == "cpu":
+        if launched == "fp16":  # perhaps by the file that `accelerate config` has written
+            raise ValueError(
+                "accelerate launch asks for mixed_precision=fp16, which needs a GPU: on a CPU give accelerate launch "
+                "--mixed_precision=no or bf16"
+            )
+        raise ValueError("dtype=float16 needs a GPU: on a CPU use --dtype=float32 or --dtype=bfloat16")
+    if flags.compile is True and (obstacle := why_not_compiled(device)):
+        raise ValueError(
+            f"compile=true, but torch cannot compile here ({obstacle}): install a C++ compiler such as g++, or leave "
+            "out --compile"
+        )
+
+
+def launched_precision() -> str:
+    """Accelerate's name of the precision that `accelerate launch` asks for."""
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched not in PRECISIONS.values():
+        raise ValueError(f"accelerate launch asks for mixed_precision={launched}, but it must be no, bf16 or fp16")
+    return launched
+
+
+def choose_precision(dtype: str, config: PreTrainedConfig, device: torch.device) -> Choice:
+    """Accelerate's name of the precision: no, bf16 or fp16."""
+    launched = launched_precision()
+    if dtype != "auto":
+        return Choice(PRECISIONS[dtype], "")
+    if launched != "no":
+        return Choice(launched, "as launched")
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return Choice("fp16", "auto: this GPU has no bfloat16")
+    if arithmetic_dtype(device) == torch.float32:
+        return Choice("no", f"auto: this {device.type} has no fast bfloat16")
+    if device.type == "cpu" and config.hidden_size < WIDE:
+        return Choice("no", f"auto: a model {config.hidden_size} wide is too narrow to gain from bfloat16 on a CPU")
+    return Choice("bf16", f"auto: fast on this {device.type}")
+
+
+def choose_compile(flags, config: NanoGPTConfig, device: torch.device, run: dict) -> Choice:
+    """Whether the model is compiled.
+
+    `run` is what the checkpoint says of the run that goes on, if one does. To continue bit for bit, the run stays as
+    it began.
+    """
+    if flags.compile != "auto":
+        return Choice(flags.compile, "")
+    if flags.eval_only:
+        return Choice(False, "auto: no training")
+    began = run.get("compile", run["recipe"]["compile"]) if run else "auto"
+    step_tokens = flags.batch_size * flags.gradient_accumulation_steps * config.block_size
+    if began != "auto":
+        compiles, reason = began, "as the run began"
+    elif device.type == "cpu":
+        compiles = flags.max_iters * step_tokens * flops_per_token(config) >= LONG
+        reason = "a long run" if compiles else "the run is too short to earn the time that compiling takes"
+    else:
+        compiles, reason = device.type == "cuda", f"on {device.type}"
+    if compiles and (obstacle := why_not_compiled(device)):
+        compiles, reason = False, f"torch cannot compile here ({obstacle})"
+    return Choice(compiles, f"auto: {reason}")
+
+
+def why_not_compiled(device: torch.device) -> str:
+    """Why torch.compile does not work, or "". It needs a C++ compiler, on a GPU also Triton and more."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+    except Exception as error:  # torch raises many kinds
+        return first_line(error)[:300]
+    return ""

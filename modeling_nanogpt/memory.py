@@ -1,0 +1,156 @@
+"""How many parameters a model has, part by part, and how many bytes its training takes at the moment of the peak.
+
+The bytes are those of tensors, as eager PyTorch keeps them for this model. They do not include what a CUDA process
+takes beside its tensors (about half a GiB) and what fragments of free memory waste. torch.compile takes less.
+"""
+
+from dataclasses import dataclass
+
+from .configuration_nanogpt import NanoGPTConfig
+
+FLOAT = 4  # bytes: weights, gradients, moments, the residual stream and the loss are float32
+
+
+def parameters_by_part(config: NanoGPTConfig) -> dict[str, int]:
+    """The parameters of each part, over all layers, under the names of the weights."""
+    assert config.intermediate_size is not None  # a configuration without it sets its default
+    width, inner, layers = config.n_embd, config.intermediate_size, config.n_layer
+    bias = int(config.bias)
+    norm = width * (1 + bias)
+    return {
+        "wte": config.vocab_size * width,
+        "wpe": config.block_size * width,
+        "ln_1": layers * norm,
+        "attn.c_attn": layers * 3 * width * (width + bias),
+        "attn.c_proj": layers * width * (width + bias),
+        "ln_2": layers * norm,
+        "mlp.c_fc": layers * inner * (width + bias),
+        "mlp.c_proj": layers * width * (inner + bias),
+        "ln_f": norm,
+        "lm_head": 0 if config.tie_word_embeddings else config.vocab_size * width,  # tied: it is wte
+    }
+
+
+def block_matrices(config: NanoGPTConfig) -> dict[tuple[int, int], int]:
+    """How many matrices of each shape (the short side first) the blocks hold, as Muon sees them."""
+    assert config.intermediate_size is not None
+    shapes: dict[tuple[int, int], int] = {}
+    width, inner = config.n_embd, config.intermediate_size
+    for side, count in ((width, 4 * config.n_layer), (inner, 2 * config.n_layer)):
+        shape = (min(width, side), max(width, side))
+        shapes[shape] = shapes.get(shape, 0) + count
+    return shapes
+
+
+def optimizer_bytes(config: NanoGPTConfig, optimizer: str) -> int:
+    """Bytes of what the optimizer remembers: two moments for AdamW's weights, one for the matrices of Muon."""
+    total = sum(parameters_by_part(config).values())
+    if optimizer == "adamw":
+        return 2 * FLOAT * total
+    matrices = sum(rows * columns * count for (rows, columns), count in block_matrices(config).items())
+    return 2 * FLOAT * (total - matrices) + FLOAT * matrices
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes on one device while it trains. `peaks` names the moments at which most is held, with their bytes."""
+
+    weights: int
+    gradients: int
+    moments: int  # of the optimizer
+    activations: int  # what a forward pass keeps for the backward pass
+    peaks: dict[str, int]
+
+    @property
+    def peak(self) -> int:
+        return max(self.peaks.values())
+
+
+def training_memory(
+    config: NanoGPTConfig,
+    *,
+    batch_size: int,
+    optimizer: str = "adamw",
+    dtype: str = "bfloat16",
+    gradient_checkpointing: bool = False,
+    keeps_gradients: bool = True,
+    attention: str = "sdpa",
+) -> TrainingMemory:
+    """The memory of a step, with micro-batches of `batch_size` windows of block_size tokens.
+
+    `dtype` is the arithmetic. `keeps_gradients` says that gradients are held during the forward pass, which is so if
+    a step has several micro-batches, or if several processes share their gradients.
+    """
+    assert config.intermediate_size is not None
+    parts = parameters_by_part(config)
+    number = FLOAT if dtype == "float32" else 2  # bytes of a number in a matrix product
+    lowered = number < FLOAT  # autocast makes copies of the matrices, and casts what a layer norm returns
+    tokens = batch_size * config.block_size
+    stream = FLOAT * tokens * config.n_embd  # the residual stream, (B, T, C)
+    narrow, wide = number * tokens * config.n_embd, number * tokens * config.intermediate_size
+    logits = tokens * config.vocab_size
+    weights = FLOAT * sum(parts.values())
+    moments = optimizer_bytes(config, optimizer)
+    head = config.vocab_size * config.n_embd
+    matrices = sum(rows * columns * count for (rows, columns), count in block_matrices(config).items())
+
+    # What one block keeps: the inputs of both norms; the inputs of four matrices, q, k, v, and the input of the GELU.
+    block = 2 * stream + 6 * narrow + 2 * wide + FLOAT * tokens * (4 + config.n_head)
+    if config.dropout:
+        block += 2 * tokens * config.n_embd  # a mask of one byte after each of the two projections
+    if attention == "eager":  # the softmax in float32, and what it is cast to
+        scores = batch_size * config.n_head * config.block_size**2
+        block += scores * (FLOAT + (number if lowered else 0) + (2 if config.dropout else 0))
+    copies = number * matrices if lowered else 0  # of the blocks' matrices
+    ends = stream + narrow + (number * head if lowered else 0) + FLOAT * logits  # the last norm, the head, the loss
+    kept = config.n_layer * (stream if gradient_checkpointing else block)  # by all blocks
+    if not gradient_checkpointing:
+        kept += copies
+    activations = kept + ends
+
+    # the forward pass ends with the logits, and with them in float32, beside log-probabilities that it keeps
+    end_of_forward = (number * logits if lowered else 0) + FLOAT * logits
+    if gradient_checkpointing:
+        end_of_forward += copies  # autocast keeps them until the forward pass ends
+    start_of_backward = 2 * FLOAT * logits  # two gradients of the size of the logits
+    in_a_block = stream + wide + (narrow if lowered else 0)  # gradients on their way through an MLP
+    recomputed = block + copies // config.n_layer if gradient_checkpointing else 0
+    fixed = weights + moments
+    held = weights if keeps_gradients else 0  # gradients
+    # beside all gradients: if the embedding is tied, its gradients as the head and as a table, apart from their sum
+    of_embedding = FLOAT * head * (2 * int(config.tie_word_embeddings) + int(keeps_gradients))
+    peaks = {
+        "the loss": fixed + held + activations + max(end_of_forward, start_of_backward),
+        "the last block's backward": fixed + max(held, FLOAT * head) + kept + recomputed + in_a_block,
+        "the first block's backward": fixed + weights + kept // config.n_layer + recomputed + in_a_block,
+        "the embedding's backward": fixed + weights + of_embedding,
+        "the optimizer's step": fixed + weights + (muon_bytes(config) if optimizer == "muon" else 0),
+    }
+    return TrainingMemory(weights=weights, gradients=weights, moments=moments, activations=activations, peaks=peaks)
+
+
+def muon_bytes(config: NanoGPTConfig) -> int:
+    """Bytes that a step of Muon takes for a while: the momenta that look ahead, and its iteration in bfloat16."""
+    updates, iteration = 0, 0
+    for (rows, columns), count in block_matrices(config).items():
+        updates += FLOAT * rows * columns * count
+        # all matrices of a shape together: as they were, before and after an iteration; and two squares
+        iteration = max(iteration, 2 * count * (3 * rows * columns + 2 * rows * rows))
+    return updates + iteration
+
+
+def largest_batch(bytes_available: float, **settings) -> int:
+    """The largest number of windows in a micro-batch whose peak fits; 0 if not even one fits.
+
+    `settings` are those of training_memory without the batch size.
+    """
+    fits, beyond = 0, 1
+    while beyond < 2**30 and training_memory(batch_size=beyond, **settings).peak <= bytes_available:
+        fits, beyond = beyond, 2 * beyond
+    while beyond - fits > 1:
+        middle = (fits + beyond) // 2
+        if training_memory(batch_size=middle, **settings).peak <= bytes_available:
+            fits = middle
+        else:
+            beyond = middle
+    return fits

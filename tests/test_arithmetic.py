@@ -1,0 +1,108 @@
+"""What a run computes with, if no flag says so: what the device does fast."""
+
+import ctypes
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from modeling_nanogpt import NanoGPTConfig, arithmetic
+from support import ROOT
+from support.tiny_run import train
+from tokenization.arguments import read_switch
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def fast_bfloat16(monkeypatch):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    monkeypatch.setattr(arithmetic, "arithmetic_dtype", lambda device: torch.bfloat16)
+
+
+def flags(**given):
+    defaults = {"compile": "auto", "eval_only": False, "batch_size": 8, "gradient_accumulation_steps": 1}
+    return SimpleNamespace(**defaults | {"max_iters": 100} | given)
+
+
+@pytest.mark.parametrize("width, precision", [(128, "no"), (192, "bf16"), (768, "bf16")])
+def test_a_fast_cpu_computes_wide_models_in_bfloat16(fast_bfloat16, width, precision):
+    choice = arithmetic.choose_precision("auto", NanoGPTConfig(n_head=4, n_embd=width), CPU)
+    assert choice.value == precision and choice.reason.startswith("auto: ")
+
+
+def test_a_flag_or_the_launcher_wins(fast_bfloat16, monkeypatch):
+    config = NanoGPTConfig(n_embd=768)
+    assert arithmetic.choose_precision("float32", config, CPU) == ("no", "")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert arithmetic.choose_precision("auto", NanoGPTConfig(n_head=4, n_embd=64), CPU) == ("bf16", "as launched")
+
+
+def test_a_cpu_without_the_instructions_computes_in_float32(monkeypatch):
+    monkeypatch.setattr(arithmetic, "arithmetic_dtype", lambda device: torch.float32)
+    assert arithmetic.choose_precision("auto", NanoGPTConfig(n_embd=768), CPU).value == "no"
+
+
+def test_a_long_run_on_a_cpu_is_compiled(monkeypatch):
+    monkeypatch.setattr(arithmetic, "why_not_compiled", lambda device: "")
+    config = NanoGPTConfig(block_size=256, n_layer=6, n_head=6, n_embd=384)  # 3e11 FLOPs a step of 8 windows
+    assert not arithmetic.choose_compile(flags(max_iters=100), config, CPU, {}).value
+    assert arithmetic.choose_compile(flags(max_iters=1000), config, CPU, {}).value
+    assert not arithmetic.choose_compile(flags(max_iters=1000, eval_only=True), config, CPU, {}).value
+    monkeypatch.setattr(arithmetic, "why_not_compiled", lambda device: "there is no compiler")
+    choice = arithmetic.choose_compile(flags(max_iters=1000), config, CPU, {})
+    assert choice == (False, "auto: torch cannot compile here (there is no compiler)")
+
+
+@pytest.mark.parametrize(
+    "run, compiles",
+    [
+        ({"compile": True, "recipe": {"compile": "auto"}}, True),
+        ({"compile": False, "recipe": {"compile": "auto"}}, False),
+        ({"recipe": {"compile": False}}, False),  # a checkpoint of an earlier version
+    ],
+)
+def test_a_resumed_run_is_compiled_if_it_was_compiled_before(monkeypatch, run, compiles):
+    monkeypatch.setattr(arithmetic, "why_not_compiled", lambda device: "")
+    config = NanoGPTConfig(n_layer=1, n_head=1, n_embd=8)
+    for max_iters in (1, 10**9):
+        assert arithmetic.choose_compile(flags(max_iters=max_iters), config, CPU, run).value == compiles
+
+
+def test_the_first_line_of_the_log_says_what_was_chosen(tmp_path, capsys):
+    run = train(tmp_path, compile="auto", max_iters=2)
+    first = capsys.readouterr().out.splitlines()[0]
+    assert "compile=False (auto: the run is too short to earn the time that compiling takes)" in first
+    assert "float32 (auto: " in first or torch.cuda.is_available()
+    state = json.loads(next(run.out_dir.glob("checkpoints/step-*/state.json")).read_text())
+    assert state["run"]["compile"] is False
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc")
+def test_memory_that_a_step_frees_serves_the_next_step():
+    code = """
+import resource, torch
+from modeling_nanogpt.training.launching import keep_freed_memory
+
+def faults(steps=50):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(steps):
+        blocks = [torch.ones(2**20) for _ in range(4)]  # 4 MiB each
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+given_back = faults()
+keep_freed_memory()
+faults()
+print(given_back, faults())
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    given_back, kept = map(int, said.split())
+    assert kept < given_back / 4
+
+
+@pytest.mark.parametrize("text, value", [("auto", "auto"), ("Auto", "auto"), ("True", True), ("false", False)])
+def test_a_switch_is_auto_true_or_false(text, value):
+    assert read_switch(text) == value
