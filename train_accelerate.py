@@ -111,7 +111,7 @@ import torch
 from accelerate import Accelerator  # processes, devices, precision
 
 from modeling_nanogpt import NanoGPTForCausalLM, arithmetic
-from modeling_nanogpt.optimization import Schedule, check_optimizer, make_optimizer  # AdamW, Muon, learning rates
+from modeling_nanogpt.optimization import Schedule, make_optimizer  # AdamW, Muon, learning rates
 from modeling_nanogpt.sources import adopt_tokenizer
 from modeling_nanogpt.training import checkpointing, describing, ending, fitting, hub, launching, monitoring, starting
 from modeling_nanogpt.training.hooks import NO_HOOKS, Hooks  # for tests and experiments
@@ -189,7 +189,6 @@ def main(model_args: ModelArguments, data_args: DataArguments, run_args: RunArgu
         trackers = monitoring.choose_trackers(run_args.report_to)
         processes = launching.join_processes(run_args)
         step_windows = fitting.windows_in_step(run_args, processes)
-        check_optimizer(run_args.optimizer, sharded=launching.is_sharded(processes))
 
         if model_args.init_from == "resume" and run_args.hub_model_id:
             hub.fetch_run(run_args.hub_model_id, out_dir)  # if out_dir has no checkpoint yet
