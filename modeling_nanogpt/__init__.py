@@ -11,6 +11,21 @@ is_command = sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)].startswith
 if not is_command:
     from . import registration  # noqa: F401
     from .configuration_nanogpt import NanoGPTConfig
-    from .modeling_nanogpt import NanoGPTForCausalLM, NanoGPTModel, NanoGPTPreTrainedModel
+    from .modeling_nanogpt import (
+        NanoGPTForCausalLM,
+        NanoGPTForQuestionAnswering,
+        NanoGPTForSequenceClassification,
+        NanoGPTForTokenClassification,
+        NanoGPTModel,
+        NanoGPTPreTrainedModel,
+    )
 
-__all__ = ["NanoGPTConfig", "NanoGPTForCausalLM", "NanoGPTModel", "NanoGPTPreTrainedModel"]
+__all__ = [
+    "NanoGPTConfig",
+    "NanoGPTForCausalLM",
+    "NanoGPTForQuestionAnswering",
+    "NanoGPTForSequenceClassification",
+    "NanoGPTForTokenClassification",
+    "NanoGPTModel",
+    "NanoGPTPreTrainedModel",
+]

@@ -15,7 +15,7 @@ from .configuration_nanogpt import ACTIVATIONS, NanoGPTConfig
 
 StateDict = dict[str, torch.Tensor]
 
-WRAPPERS = ("module.", "_orig_mod.")  # what DDP and torch.compile put in front of names
+WRAPPERS = ("module.", "_orig_mod.", "model.")  # what DDP, torch.compile and Lightning put in front of names
 BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks, unlike `.attn.c_attn.bias`
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 BIASED = ("c_attn", "c_proj", "c_fc", "ln_1", "ln_2", "ln_f")

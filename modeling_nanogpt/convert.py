@@ -2,19 +2,23 @@
 
     python -m modeling_nanogpt.convert out/quickstart out/quickstart-gpt2 --to gpt2
     python -m modeling_nanogpt.convert out/quickstart out/quickstart.gguf --to gguf
+    python -m modeling_nanogpt.convert out/quickstart out/quickstart-web --to web --cdn
     python -m modeling_nanogpt.convert out-gpt2/ckpt.pt out/mine --tokenizer openai-community/gpt2
 
-SOURCE is nanoGPT's ckpt.pt or the folder that holds it, or a folder or Hub id with a model of this project or of
-GPT-2's architecture. DESTINATION is a new folder, or a new .gguf file. --to says what DESTINATION will hold:
+SOURCE is a folder or Hub id with a model of this project or of GPT-2's architecture, nanoGPT's ckpt.pt or the folder
+that holds it, llm.c's model.bin, or a state dict, for which --n_head names the number of heads. DESTINATION is a new
+folder, or a new .gguf file. --to says what DESTINATION will hold:
 
     nanogpt   a model of this project with its code: training and sampling here start from it
-    gpt2      a stock GPT2LMHeadModel without code of ours: ONNX and serving tools read it
+    gpt2      a stock GPT2LMHeadModel without code of ours: serving tools read it
     ckpt      nanoGPT's ckpt.pt: nanoGPT's own sample.py and train.py (init_from=resume) read it
     gguf      one file with the tokenizer in it: llama.cpp and what is built on llama.cpp run it
+    onnx      a stock GPT-2 as an ONNX file with a cache: transformers.js, onnxruntime and optimum run it
+    web       a page that runs this ONNX file in the browser: any server of files and a static Space can serve it
 
-Weights keep their dtype, unless --to=gguf: --dtype says how that file stores the matrices.
+Weights keep their dtype in nanogpt, gpt2 and ckpt. For the others, --dtype says how the file stores the matrices.
 
-ckpt.pt carries no tokenizer, so --tokenizer has to name one. For a model trained on GPT-2's tokens this is
+A file carries no tokenizer, so --tokenizer has to name one. For a model trained on GPT-2's tokens this is
 openai-community/gpt2. For a model trained on the characters of input.txt, make the tokenizer first:
 
     python -m tokenization.prepare --corpus=input.txt --tokenizer=input.txt --data_dir=data/mine
@@ -38,19 +42,32 @@ from command_start import begin_command
 
 from .command_line import CommandParser
 
-FORMATS = ("nanogpt", "gpt2", "ckpt", "gguf")
+FORMATS = ("nanogpt", "gpt2", "ckpt", "gguf", "onnx", "web")
 FILES = {"gguf": ".gguf"}  # formats that are one file; the others are folders
-DTYPES = {"gguf": ("f32", "f16", "q8_0")}  # other formats keep the dtype of the weights
+# The first of each is the default. Other formats keep the dtype of the weights.
+DTYPES = {"gguf": ("f32", "f16", "q8_0"), "onnx": ("fp32", "fp16", "q8"), "web": ("fp32", "fp16", "q8")}
+PACKAGES = {"gguf": ("gguf",), "onnx": ("onnx", "onnxscript", "onnxruntime")}  # that a format needs
+PACKAGES["web"] = PACKAGES["onnx"]
 
 parser = CommandParser("modeling_nanogpt.convert", usage="SOURCE DESTINATION [--flag VALUE ...]", description=__doc__)
-parser.add_path("source", metavar="SOURCE", help="folder, Hub id or ckpt.pt to read")
+parser.add_path("source", metavar="SOURCE", help="folder, Hub id or file to read")
 parser.add_path("destination", metavar="DESTINATION", help="new folder to write; for gguf, a new .gguf file")
 parser.add_argument("--to", choices=FORMATS, default="nanogpt", help="format to write (default: %(default)s)")
 parser.add_argument(
-    "--dtype", metavar="NAME", help="number format of the matrices in a .gguf file: f32 (default), f16 or q8_0"
+    "--dtype",
+    metavar="NAME",
+    help="number format of the matrices: f32 (default), f16 or q8_0 for gguf; fp32 (default), fp16 or q8 for onnx and "
+    "web",
 )
 parser.add_path("--tokenizer", metavar="NAME", help="folder or Hub id of the tokenizer (default: the source's own)")
+parser.add_argument(
+    "--n_head", metavar="N", type=int, help="number of heads, for a state dict, which does not say this number"
+)
 parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a Hub id (default: main)")
+parser.add_path(
+    "--node_modules", metavar="FOLDER", help="folder of npm packages, to copy transformers.js for --to=web"
+)
+parser.add_argument("--cdn", action="store_true", help="let the page of --to=web load transformers.js from a CDN")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -69,8 +86,10 @@ from .configuration_nanogpt import NanoGPTConfig
 from .conversion import StateDict, config_to_gpt2, config_to_nanogpt, weights_to_gpt2, weights_to_nanogpt
 from .gguf_export import read_vocabulary, write_gguf
 from .modeling_nanogpt import NanoGPTForCausalLM
+from .onnx_export import check_size, write_onnx
 from .optimization import make_optimizer
-from .sources import Misfit, Source, adopt_tokenizer, build_model, first_line, open_source
+from .sources import Misfit, Source, adopt_tokenizer, build_model, find_file, first_line, open_source
+from .web_page import check_library, describe, write_page
 
 MAKE_A_FOLDER = (
     "`python -m tokenization.prepare --corpus=input.txt --tokenizer=input.txt --data_dir=data/mine` makes a tokenizer "
@@ -85,19 +104,31 @@ def convert(
     tokenizer: str | None,
     revision: str | None = None,
     dtype: str | None = None,
+    n_head: int | None = None,
+    node_modules: str | None = None,
+    cdn: bool = False,
 ) -> None:
     """Write `destination`, whole or not at all; raises ValueError if that is not possible.
 
     `tokenizer` is a folder or Hub id, by default the source. A ckpt.pt of nanoGPT has no tokenizer and gets none.
-    `dtype` is one of DTYPES, and by default f32 for --to=gguf.
+    `dtype` is one of DTYPES. A web page copies transformers.js from the folder `node_modules`, or takes it from a CDN.
     """
     check_destination(destination, to)
     check_dtype(dtype, to)
-    opened = open_source(source, revision)
+    dtype = dtype or DTYPES.get(to, ("",))[0]
+    if to == "web":
+        check_library(node_modules, cdn)
+    elif node_modules or cdn:
+        raise ValueError(f"--node_modules and --cdn are for --to=web: leave them out for --to={to}")
+    opened = open_source(source, revision, n_head)
+    if n_head not in (None, opened.config.n_head):
+        raise ValueError(f"--n_head={n_head}, but {source} has n_head={opened.config.n_head}: leave it out")
     chosen = None if to == "ckpt" else choose_tokenizer(opened, tokenizer, revision)
     if chosen and to == "gguf":
         read_vocabulary(chosen)  # refuses a tokenizer that llama.cpp does not have, before any weight is read
-    if not opened.carries_tokenizer:
+    if to in ("onnx", "web"):
+        check_size(opened.config)
+    if opened.has_optimizer:
         print(f"{source}: the optimizer's state is left out", file=sys.stderr)
     try:
         with whole(destination) as path:
@@ -105,9 +136,16 @@ def convert(
             if chosen is None:
                 write_ckpt(path, config, weights)
             elif to == "gguf":
-                write_gguf(path, destination.stem, config, weights, chosen, dtype or "f32")
+                write_gguf(path, destination.stem, config, weights, chosen, dtype)
             elif to == "gpt2":
                 write_gpt2(path, config, weights, chosen)
+            elif to == "onnx":
+                write_onnx_gpt2(path, config, weights, chosen, dtype)
+            elif to == "web":
+                write_onnx_gpt2(path / "model", config, weights, chosen, dtype)
+                card = find_file(source, "README.md", revision) if opened.carries_tokenizer else None
+                facts = describe(config, Path(card).read_text(encoding="utf-8") if card else "")
+                write_page(path, os.path.basename(os.path.abspath(source)), facts, node_modules)
             else:
                 write_nanogpt(path, config, weights, chosen)
     except Misfit as mistake:
@@ -126,8 +164,9 @@ def check_destination(destination: Path, to: str) -> None:
             raise ValueError(f"{destination} is there already: name a new file")
     elif os.path.exists(destination) and (not destination.is_dir() or any(destination.iterdir())):
         raise ValueError(f"{destination} is there already and not empty: name a new folder")
-    if to == "gguf" and find_spec("gguf") is None:
-        raise ValueError('--to=gguf needs the package gguf: pip install "nanogpt-hf[clients]"')
+    for package in PACKAGES.get(to, ()):
+        if find_spec(package) is None:
+            raise ValueError(f'--to={to} needs the package {package}: pip install "nanogpt-hf[clients]"')
 
 
 def check_dtype(dtype: str | None, to: str) -> None:
@@ -216,6 +255,23 @@ def write_gpt2(folder: Path, config: NanoGPTConfig, weights: StateDict, tokenize
     tokenizer.save_pretrained(folder)
 
 
+def write_onnx_gpt2(
+    folder: Path, config: NanoGPTConfig, weights: StateDict, tokenizer: PreTrainedTokenizerBase, dtype: str
+) -> None:
+    """A stock GPT-2 with its network as an ONNX file."""
+    count = len(tokenizer)
+    stock = build_model(GPT2LMHeadModel, config_to_gpt2(config, count), weights_to_gpt2(weights, count), torch.float32)
+    adopt_tokenizer(stock, tokenizer)
+    (folder / "onnx").mkdir(parents=True)
+    write_onnx(folder / "onnx", stock, dtype)
+    # What the model's own save_pretrained writes beside the weights. transformers.js loads the dtype that is named.
+    stock.config.architectures = ["GPT2LMHeadModel"]
+    stock.config.update({"transformers.js_config": {"dtype": dtype}})
+    stock.config.save_pretrained(folder)
+    stock.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 def write_ckpt(folder: Path, config: NanoGPTConfig, weights: StateDict) -> None:
     """What nanoGPT's train.py saves, at iteration 0, with an AdamW that has not made a step yet."""
     model_args = config_to_nanogpt(config)
@@ -250,6 +306,9 @@ def main(arguments: argparse.Namespace) -> None:
             tokenizer=arguments.tokenizer,
             revision=arguments.revision,
             dtype=arguments.dtype,
+            n_head=arguments.n_head,
+            node_modules=arguments.node_modules,
+            cdn=arguments.cdn,
         )
     except ValueError as mistake:
         parser.error(str(mistake))

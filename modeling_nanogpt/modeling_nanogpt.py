@@ -1,5 +1,7 @@
 """The GPT: token and position embeddings, pre-norm blocks of attention and MLP, and a language-model head.
 
+Below it are the heads for classification and question answering, which fine-tuning starts from.
+
 The network and its parameter names are nanoGPT's (GPT-2's, with nn.Linear). Everything around the network is what
 transformers expects of a causal language model. This file and the configuration travel with every checkpoint, so this
 file imports torch, transformers and the configuration, and nothing else.
@@ -13,11 +15,17 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from transformers import AutoModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
@@ -172,7 +180,7 @@ class NanoGPTBlock(GradientCheckpointingLayer):
 
 
 class NanoGPTPreTrainedModel(PreTrainedModel):
-    """What transformers has to know about both models, and how weights start."""
+    """What transformers has to know about all models here, and how weights start."""
 
     config: NanoGPTConfig
     base_model_prefix = "transformer"  # the attribute that holds NanoGPTModel, and the prefix of its weights' names
@@ -198,12 +206,9 @@ class NanoGPTPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, std=self.config.initializer_range / math.sqrt(2 * self.config.n_layer))
 
     def save_pretrained(self, save_directory, **kwargs):
-        """As in transformers. config.json names the classes of both models, whichever of the two is saved."""
+        """As in transformers. config.json names the classes of all models, whichever of them is saved."""
         auto_map = getattr(self.config, "auto_map", None) or {}
-        self.config.auto_map = auto_map | {
-            "AutoModel": "modeling_nanogpt.NanoGPTModel",
-            "AutoModelForCausalLM": "modeling_nanogpt.NanoGPTForCausalLM",
-        }
+        self.config.auto_map = auto_map | {auto: f"modeling_nanogpt.{cls.__name__}" for auto, cls in CLASSES.items()}
         super().save_pretrained(save_directory, **kwargs)
 
 
@@ -236,8 +241,8 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
         """Embed the tokens and run the blocks.
 
         input_ids (B, T) int64, or inputs_embeds (B, T, C) instead; attention_mask (B, S), 1 for a token and 0 for
-        padding; position_ids (B, T), by default counted on from the cache. Left-padded input needs position_ids that
-        start at its first real token; `generate` makes them. Returns last_hidden_state (B, T, C).
+        padding; position_ids (B, T), by default counted over the tokens that attention_mask keeps, or on from the
+        cache if there is no such mask. So padding on the left changes nothing. Returns last_hidden_state (B, T, C).
         Raises ValueError if a position lies beyond block_size.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -248,10 +253,14 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.wte(input_ids)  # (B, T, C)
 
+        padding = attention_mask
         attention_mask = self.causal_mask_or_none(inputs_embeds, attention_mask, position_ids, cache)
         seen = cache.get_seq_length() if isinstance(cache, Cache) else 0
-        if position_ids is None:
-            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + seen  # (1, T)
+        length = inputs_embeds.shape[1]
+        if position_ids is None and padding is not None and padding.ndim == 2:
+            position_ids = (padding.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]  # (B, T)
+        elif position_ids is None:
+            position_ids = torch.arange(length, device=inputs_embeds.device)[None] + seen  # (1, T)
         self.check_positions(position_ids, seen)
 
         hidden_states = self.drop(inputs_embeds + self.wpe(position_ids))  # (B, T, C)
@@ -411,8 +420,52 @@ class NanoGPTForCausalLM(NanoGPTPreTrainedModel, GenerationMixin):
         )
 
 
-NanoGPTModel.register_for_auto_class("AutoModel")
-NanoGPTForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+# ---------------------------------------------------------------------------------------------------------------------
+# Heads for fine-tuning, by transformers' own mixins. Each is a new linear layer on the hidden states. `num_labels` is
+# a field of the configuration, 2 by default.
+
+
+class NanoGPTHead(NanoGPTPreTrainedModel):
+    """What the heads share: the mixins can make their GPT, whichever code the configuration came with."""
+
+    def __init__(self, config: NanoGPTConfig):
+        super().__init__(config)
+        # A mixin calls AutoModel.from_config next. AutoModel does not know a class that came with a checkpoint.
+        AutoModel.register(type(config), NanoGPTModel, exist_ok=True)
+
+
+class NanoGPTForSequenceClassification(GenericForSequenceClassification, NanoGPTHead):
+    """Logits (B, num_labels) of whole texts, from the last token of each that is not padding."""
+
+    base_model_prefix = "transformer"  # the mixins call it "model"
+
+
+class NanoGPTForTokenClassification(GenericForTokenClassification, NanoGPTHead):
+    """Logits (B, T, num_labels) of tokens. Each token sees the tokens before it alone."""
+
+    base_model_prefix = "transformer"
+
+
+class NanoGPTForQuestionAnswering(GenericForQuestionAnswering, NanoGPTHead):
+    """Logits (B, T) of where an answer starts, and as many of where the answer ends."""
+
+    base_model_prefix = "transformer"
+    get_input_embeddings = NanoGPTPreTrainedModel.get_input_embeddings  # the mixin's expect another name than wte
+    set_input_embeddings = NanoGPTPreTrainedModel.set_input_embeddings
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the auto classes load
+
+CLASSES = {
+    "AutoModel": NanoGPTModel,
+    "AutoModelForCausalLM": NanoGPTForCausalLM,
+    "AutoModelForSequenceClassification": NanoGPTForSequenceClassification,
+    "AutoModelForTokenClassification": NanoGPTForTokenClassification,
+    "AutoModelForQuestionAnswering": NanoGPTForQuestionAnswering,
+}
+for auto_class, model_class in CLASSES.items():
+    model_class.register_for_auto_class(auto_class)
 # Trainer computes label smoothing outside of the model. It shifts the labels for the classes in this table, and for
 # any other class it would teach the model in silence to repeat its input.
 CAUSAL_LM_NAMES[NanoGPTConfig.model_type] = NanoGPTForCausalLM.__name__

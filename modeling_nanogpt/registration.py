@@ -1,10 +1,11 @@
 """Importing this file makes transformers' auto classes know the model, without any code from a checkpoint."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+import transformers
+from transformers import AutoConfig
 
 from .configuration_nanogpt import NanoGPTConfig
-from .modeling_nanogpt import NanoGPTForCausalLM, NanoGPTModel
+from .modeling_nanogpt import CLASSES
 
 AutoConfig.register("nanogpt", NanoGPTConfig, exist_ok=True)
-AutoModel.register(NanoGPTConfig, NanoGPTModel, exist_ok=True)
-AutoModelForCausalLM.register(NanoGPTConfig, NanoGPTForCausalLM, exist_ok=True)
+for auto_class, model_class in CLASSES.items():
+    getattr(transformers, auto_class).register(NanoGPTConfig, model_class, exist_ok=True)

@@ -1,4 +1,5 @@
-"""Where a model can come from: a folder or Hub id of this project or of GPT-2's architecture, or nanoGPT's ckpt.pt.
+"""Where a model can come from: a folder or Hub id of this project or of GPT-2's architecture, nanoGPT's ckpt.pt, a
+state dict, or llm.c's model.bin.
 
 Opening a source reads its configuration alone, so a mistake shows before any weight is loaded.
 """
@@ -23,9 +24,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
-from . import registration  # noqa: F401  the auto classes know our model from here on
+from . import (
+    llmc,
+    registration,  # noqa: F401  the auto classes know our model from here on
+)
 from .configuration_nanogpt import NanoGPTConfig
 from .conversion import (
     BUFFERS,
@@ -53,6 +57,25 @@ NUMPY_NUMBERS: list[Any] = [
 OLD_BUFFERS = (*BUFFERS, ".attention.bias", ".attention.masked_bias", ".inv_freq", ".position_ids")
 
 
+# What the checkpoints of nanoGPT and its forks call the weights.
+WEIGHTS = ("model", "model_state_dict", "state_dict")
+
+# Models that are no GPT-2, by a part of the names of their weights; and files, by their first bytes.
+OTHER_MODELS = {
+    ".attn.c_q.weight": "a nanochat model",
+    ".self_attn.q_proj.weight": "a Llama model, or one of its successors",
+    ".attention.wq.weight": "a Llama model",
+    ".attn.qkv.weight": "a litgpt model",
+    ".attention.query_key_value.weight": "a GPT-NeoX model",
+}
+OTHER_FILES = {
+    b"GGUF": "a GGUF file",
+    b"24ka": "a model of llama2.c",
+    (20240803).to_bytes(4, "little"): "a Llama model of llm.c",
+    (20240327).to_bytes(4, "little"): "a state of llm.c for its tests",
+}
+
+
 class Misfit(ValueError):
     """Weights that are not those which a configuration asks for."""
 
@@ -63,8 +86,9 @@ class Source:
 
     name: str  # the folder, file or Hub id
     config: NanoGPTConfig
-    carries_tokenizer: bool  # nanoGPT's ckpt.pt does not
+    carries_tokenizer: bool  # a file does not
     weights: Callable[[], StateDict]  # under our names, in their own dtype; ValueError if they cannot be read
+    has_optimizer: bool = False  # nanoGPT's ckpt.pt also holds the optimizer's state
 
     def read(self) -> tuple[NanoGPTConfig, StateDict]:
         """The configuration and the weights. Whether the head is tied is what the weights say, as in transformers."""
@@ -83,45 +107,100 @@ class Source:
             raise ValueError(f"{self.name}: {mistake}") from None
 
 
-def open_source(name: str, revision: str | None = None) -> Source:
+def open_source(name: str, revision: str | None = None, n_head: int | None = None) -> Source:
     """Recognise what a name stands for and read its configuration.
 
-    `revision` is the branch, tag or commit of a Hub id. Raises ValueError if this is not a model that we know.
+    `revision` is the branch, tag or commit of a Hub id. `n_head` is needed for weights alone: their shapes do not show
+    the number of heads. Raises ValueError if this is not a model that we know.
     """
     # os.path says no to a name that is too long for a file; Path raises an error
     if revision and os.path.exists(name):
         raise ValueError(f"{name} is on this machine, but revision={revision} is for a Hub id: leave out --revision")
     path = Path(name, "ckpt.pt") if os.path.isfile(os.path.join(name, "ckpt.pt")) else Path(name)
     try:
-        return open_ckpt(name, path) if os.path.isfile(path) else open_pretrained(name, revision)
+        return open_file(name, path, n_head) if os.path.isfile(path) else open_pretrained(name, revision)
     except StrictDataclassError as error:
         raise ValueError(f"{name}: {first_line(error)}") from None
 
 
-def open_ckpt(name: str, path: Path) -> Source:
-    """The ckpt.pt that nanoGPT saved. Its weights are mapped from the disk; code in the pickle does not run."""
+def open_file(name: str, path: Path, n_head: int | None) -> Source:
+    """A model in one file, without a tokenizer: llm.c's model.bin, or what torch.save wrote."""
+    with open(path, "rb") as file:
+        begins = file.read(4)
+    if begins in OTHER_FILES:
+        raise ValueError(f"{path} is {OTHER_FILES[begins]}, but only GPT-2's architecture can be read")
+    if path.suffix == ".safetensors":
+        raise ValueError(f"{path} holds weights alone: give the folder that has config.json beside it")
+    if not llmc.is_llmc(path):
+        return open_ckpt(name, path, n_head)
+    try:
+        config, *_ = llmc.read_header(path)
+    except ValueError as mistake:
+        raise ValueError(f"{path} cannot be read: {mistake}") from None
+    return Source(name=name, config=config, carries_tokenizer=False, weights=lambda: llmc.read_weights(path))
+
+
+def open_ckpt(name: str, path: Path, n_head: int | None) -> Source:
+    """The ckpt.pt of nanoGPT or of a fork, or a state dict. The weights are mapped from the disk."""
+    checkpoint = load_pickle(path)
+    weights, model_args = parts_of(checkpoint, path, n_head)
+    for part, kind in OTHER_MODELS.items():
+        if any(part in f".{key}" for key in weights):
+            raise ValueError(f"{path} holds {kind}, but only GPT-2's architecture can be read")
+    weights = weights_from_nanogpt(weights)
+    if lies_as_gpt2(weights):
+        weights = weights_from_gpt2(weights)
+        model_args.pop("bias", None)  # it has the tanh form of GELU, as nanoGPT had before there was this key
+    try:
+        config = config_from_nanogpt(model_args, weights)
+    except ValueError as mistake:
+        raise ValueError(f"{path} cannot be read as nanoGPT's: {mistake}") from None
+    return Source(
+        name=name,
+        config=config,
+        carries_tokenizer=False,
+        weights=lambda: weights,
+        has_optimizer="optimizer" in checkpoint,
+    )
+
+
+def load_pickle(path: Path) -> Any:
+    """What torch.save wrote. Code in the pickle does not run."""
     try:
         mapped = zipfile.is_zipfile(path)  # what torch before 1.6 saved cannot be mapped
         with torch.serialization.safe_globals(NUMPY_NUMBERS):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError:
         raise ValueError(
             f"{path} holds more than weights, and code in it is not run: give a ckpt.pt that nanoGPT saved"
         ) from None
     except (OSError, RuntimeError, EOFError, ValueError):
         raise ValueError(f"{path} cannot be read as a checkpoint: give a whole ckpt.pt that nanoGPT saved") from None
-    if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
-        raise ValueError(f"{path} has no `model` and `model_args`: give a ckpt.pt that nanoGPT saved")
-    if not isinstance(checkpoint["model_args"], dict) or not is_state_dict(checkpoint["model"]):
+
+
+def parts_of(checkpoint: Any, path: Path, n_head: int | None) -> tuple[StateDict, dict]:
+    """The weights of a checkpoint and its model_args, or what can be said without them."""
+    key = next((key for key in WEIGHTS if isinstance(checkpoint, dict) and key in checkpoint), None)
+    weights = checkpoint if key is None else checkpoint[key]
+    if not is_state_dict(weights) or (key is None and not weights):
         raise ValueError(
-            f"{path} holds no weights in `model`, or no names in `model_args`: give a ckpt.pt that nanoGPT saved"
+            f"{path} has no weights in `model` and no `model_args`: give a ckpt.pt that nanoGPT saved, or a state dict"
         )
-    weights = weights_from_nanogpt(checkpoint["model"])
-    try:
-        config = config_from_nanogpt(checkpoint["model_args"], weights)
-    except ValueError as mistake:
-        raise ValueError(f"{path} cannot be read as nanoGPT's: {mistake}") from None
-    return Source(name=name, config=config, carries_tokenizer=False, weights=lambda: weights)
+    if key is not None and "model_args" in checkpoint:
+        if not isinstance(checkpoint["model_args"], dict):
+            raise ValueError(f"{path} has no names in `model_args`: give a ckpt.pt that nanoGPT saved")
+        return weights, dict(checkpoint["model_args"])
+    settings = checkpoint.get("config") if key is not None else None
+    heads = settings.get("n_head", n_head) if isinstance(settings, dict) else n_head
+    if heads is None:
+        raise ValueError(f"{path} does not say how many heads its model has: name the number by --n_head")
+    return weights, {"n_head": heads, "bias": None}
+
+
+def lies_as_gpt2(weights: StateDict) -> bool:
+    """Whether the matrices of the layers are stored transposed, as in transformers' GPT-2."""
+    fused = [tensor for name, tensor in weights.items() if name.endswith(".attn.c_attn.weight") and tensor.ndim == 2]
+    return bool(fused) and fused[0].shape[0] < fused[0].shape[1]
 
 
 def is_state_dict(content: object) -> bool:
@@ -247,6 +326,18 @@ def adopt_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     model.generation_config.max_length = model.config.max_position_embeddings  # for callers that name no length
     padding = list(range(len(tokenizer), model.config.vocab_size))
     model.generation_config.suppress_tokens = padding or None
+
+
+def find_file(name: str, file: str, revision: str | None = None) -> str | None:
+    """The path of a file of a folder or Hub id; None if there is no such file."""
+    path: str | None = cached_file(
+        name,
+        file,
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return path
 
 
 def first_line(error: BaseException | str) -> str:

@@ -1,12 +1,16 @@
 """What a run computes with, if no flag says so: what the device does fast."""
 
+import ctypes
 import json
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from modeling_nanogpt import NanoGPTConfig, arithmetic
+from support import ROOT
 from support.tiny_run import train
 from tokenization.arguments import read_switch
 
@@ -75,6 +79,48 @@ def test_the_first_line_of_the_log_says_what_was_chosen(tmp_path, capsys):
     assert "float32 (auto: " in first or torch.cuda.is_available()
     state = json.loads(next(run.out_dir.glob("checkpoints/step-*/state.json")).read_text())
     assert state["run"]["compile"] is False
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "said"),
+    [
+        (
+            "flash",
+            "cuda",
+            ["attn_implementation=flash", "sdpa, eager, flex_attention", "kernels-community/flash-attn3"],
+        ),
+        ("flex_attention", "cpu", ["attn_implementation=flex_attention", "GPU", "sdpa"]),
+        ("kernels-community/flash-attn3", "cpu", ["attn_implementation=kernels-community/flash-attn3", "GPU"]),
+        ("kernels-community/flash-attn3", "cuda", ["needs the package kernels"]),
+    ],
+)
+def test_an_attention_function_that_does_not_run_here_is_refused(monkeypatch, name, device, said):
+    monkeypatch.setattr(arithmetic, "find_spec", lambda package: None)
+    with pytest.raises(ValueError) as mistake:
+        arithmetic.check_attention(name, torch.device(device))
+    assert all(words in str(mistake.value) for words in said)
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc")
+def test_memory_that_a_step_frees_serves_the_next_step():
+    code = """
+import resource, torch
+from modeling_nanogpt.training.launching import keep_freed_memory
+
+def faults(steps=50):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(steps):
+        blocks = [torch.ones(2**20) for _ in range(4)]  # 4 MiB each
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+given_back = faults()
+keep_freed_memory()
+faults()
+print(given_back, faults())
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    given_back, kept = map(int, said.split())
+    assert kept < given_back / 4
 
 
 @pytest.mark.parametrize("text, value", [("auto", "auto"), ("Auto", "auto"), ("True", True), ("false", False)])

@@ -69,7 +69,7 @@ def test_what_the_packages_import_is_a_dependency():
 def test_what_the_packages_import_only_if_it_is_there_is_an_extra():
     users = imported_by(PACKAGES, indented=True)
     assert {"datasets", "zstandard", "gguf"} <= users.keys()
-    assert undeclared(users, BASE, EXTRAS["zstd"], EXTRAS["fast"], EXTRAS["clients"]) == {}
+    assert undeclared(users, BASE, *(EXTRAS[name] for name in ("zstd", "fast", "clients", "demo"))) == {}
 
 
 @pytest.mark.parametrize("indented", [False, True])
@@ -147,8 +147,9 @@ def run(installed, command, *arguments):
     return done.stdout
 
 
-def test_the_wheel_holds_every_module_and_recipe_and_nothing_else(wheel):
-    paths = [*PACKAGES, *(path for path in ROOT.glob("hub_configs/**/*") if path.is_file())]
+def test_the_wheel_holds_every_module_recipe_and_page_and_nothing_else(wheel):
+    data = [*ROOT.glob("hub_configs/**/*"), *ROOT.glob("modeling_nanogpt/web/*")]
+    paths = [*PACKAGES, *(path for path in data if path.is_file())]
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert held == {path.relative_to(ROOT).as_posix() for path in paths if "__pycache__" not in path.parts}

@@ -24,6 +24,9 @@ AUTO_MAP = {
     "AutoConfig": "configuration_nanogpt.NanoGPTConfig",
     "AutoModel": "modeling_nanogpt.NanoGPTModel",
     "AutoModelForCausalLM": "modeling_nanogpt.NanoGPTForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_nanogpt.NanoGPTForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_nanogpt.NanoGPTForTokenClassification",
+    "AutoModelForQuestionAnswering": "modeling_nanogpt.NanoGPTForQuestionAnswering",
 }
 
 # Arguments: the folder to load, the folder to save again to, the file for what was seen.
@@ -48,7 +51,7 @@ for name in PROJECT:
         continue
     sys.exit(f"{name} can be imported: this process would show nothing")
 
-import torch
+import torch, transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 from transformers import pipeline
 
@@ -56,6 +59,9 @@ folder, again, report = sys.argv[1:]
 text = json.loads(sys.stdin.read())
 config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+kinds = ("SequenceClassification", "TokenClassification", "QuestionAnswering")
+autos = [getattr(transformers, f"AutoModelFor{kind}") for kind in kinds]
+heads = [auto.from_pretrained(folder, trust_remote_code=True) for auto in autos]
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 base = AutoModel.from_pretrained(folder, trust_remote_code=True)
 generator = pipeline("text-generation", model=folder, trust_remote_code=True, device="cpu")
@@ -70,10 +76,14 @@ with torch.no_grad():
 model.save_pretrained(again)
 tokenizer.save_pretrained(again)
 base.save_pretrained(again + "-base")
+heads[0].save_pretrained(again + "-head")
 with open(report, "w") as file:
     json.dump(
         {
-            "classes": [f"{type(x).__module__} {type(x).__name__}" for x in (config, base, model, generator.model)],
+            "classes": [
+                f"{type(x).__module__} {type(x).__name__}" for x in (config, base, model, generator.model, *heads)
+            ],
+            "bases_of_heads": [head.transformer(**inputs).last_hidden_state.tolist() for head in heads],
             "tokenizer_is_fast": tokenizer.is_fast,
             "tied": model.lm_head.weight is model.transformer.wte.weight,
             "ids": inputs["input_ids"].tolist(),
@@ -139,7 +149,8 @@ def visit(folder, tmp_path):
         timeout=PATIENCE,
     )
     assert process.returncode == 0, process.stderr
-    return SimpleNamespace(again=again, base_again=Path(f"{again}-base"), **json.loads(report.read_text()))
+    others = [Path(f"{again}-{name}") for name in ("base", "head")]
+    return SimpleNamespace(again=again, others=others, **json.loads(report.read_text()))
 
 
 @pytest.fixture(scope="module")
@@ -173,14 +184,16 @@ def test_base_model_alone_names_every_auto_class_too(original, tmp_path):
 
 def test_another_process_uses_the_classes_in_the_folder(visitor):
     modules, names = zip(*(each.split() for each in visitor.classes), strict=True)
-    assert names == ("NanoGPTConfig", "NanoGPTModel", "NanoGPTForCausalLM", "NanoGPTForCausalLM")
+    heads = [AUTO_MAP[auto].split(".")[1] for auto in list(AUTO_MAP)[3:]]
+    assert names == ("NanoGPTConfig", "NanoGPTModel", "NanoGPTForCausalLM", "NanoGPTForCausalLM", *heads)
     assert all(module.startswith("transformers_modules.") for module in modules), modules
 
 
 def test_another_process_computes_the_same_logits_and_hidden_states(original, visitor):
     assert visitor.ids == original.ids.tolist()
     assert_close(torch.tensor(visitor.logits), original.logits, atol=1e-6, rtol=1e-6)
-    assert_close(torch.tensor(visitor.hidden), original.hidden, atol=1e-6, rtol=1e-6)
+    for hidden in (visitor.hidden, *visitor.bases_of_heads):
+        assert_close(torch.tensor(hidden), original.hidden, atol=1e-6, rtol=1e-6)
     assert visitor.tied
 
 
@@ -207,7 +220,7 @@ print(type(AutoModelForCausalLM.from_pretrained({str(original.folder)!r}, trust_
 
 
 def test_what_another_process_saves_holds_code_and_every_auto_class(original, visitor):
-    for folder in (visitor.again, visitor.base_again):
+    for folder in (visitor.again, *visitor.others):
         assert json.loads((folder / "config.json").read_text())["auto_map"] == AUTO_MAP
         for name in ("configuration_nanogpt.py", "modeling_nanogpt.py"):
             assert (folder / name).read_text() == (original.folder / name).read_text()

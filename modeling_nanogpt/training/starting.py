@@ -67,7 +67,7 @@ def start_from_checkpoint(folder: Path, recipe: dict) -> Start:
 def start_from_model(init_from: str, revision: str | None, recipe: dict) -> Start:
     """A trained model: a folder, a Hub id or nanoGPT's ckpt.pt. Raises ValueError if it cannot be read."""
     try:
-        source = open_source(init_from, revision)
+        source = open_source(init_from, revision, given_shape(recipe).get("n_head"))
     except ValueError as mistake:
         raise ValueError(f"init_from={mistake}") from None
     config = choose_config(given_shape(recipe), source)

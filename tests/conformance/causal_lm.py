@@ -15,13 +15,17 @@ from tests.generation.test_utils import GenerationTesterMixin
 from tests.test_configuration_common import ConfigTester
 from tests.test_modeling_common import ModelTesterMixin, ids_tensor
 from tests.test_training_mixin import TrainingTesterMixin
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
+from transformers.models.auto import modeling_auto
 
 from modeling_nanogpt import NanoGPTConfig, NanoGPTForCausalLM, NanoGPTModel
+from modeling_nanogpt.modeling_nanogpt import CLASSES
 
 # The suite knows the task of a class by the name of the class, and has a list of model types for distributed tests.
-MODEL_MAPPING_NAMES["nanogpt"] = "NanoGPTModel"
-MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["nanogpt"] = "NanoGPTForCausalLM"
+modeling_auto.MODEL_MAPPING_NAMES["nanogpt"] = "NanoGPTModel"
+modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["nanogpt"] = "NanoGPTForCausalLM"
+modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES["nanogpt"] = "NanoGPTForSequenceClassification"
+modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES["nanogpt"] = "NanoGPTForTokenClassification"
+modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES["nanogpt"] = "NanoGPTForQuestionAnswering"
 test_tensor_parallel_mixin.TP_DISTRIBUTED_TEST_MODEL_TYPES = None
 test_fsdp_mixin.FSDP_DISTRIBUTED_TEST_MODEL_TYPES = None
 
@@ -66,7 +70,7 @@ class NanoGPTTest(
     test_fsdp_mixin.FSDPTesterMixin,
     unittest.TestCase,
 ):
-    all_model_classes = (NanoGPTModel, NanoGPTForCausalLM)
+    all_model_classes = tuple(CLASSES.values())
     test_can_init_all_missing_weights_before_2023 = True  # our files do not name the year that the suite looks for
 
     def setUp(self):

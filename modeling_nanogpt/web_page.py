@@ -1,0 +1,77 @@
+"""A page that runs a model in the browser: a folder of files, which any server of files and a static Space can serve.
+
+The page itself is in web/. Here the page gets its model, the facts beside it, and the library that runs the model.
+"""
+
+import json
+import re
+import shutil
+from html import escape
+from pathlib import Path
+from string import Template
+
+from huggingface_hub import ModelCard
+
+from .configuration_nanogpt import NanoGPTConfig
+from .onnx_export import count_parameters
+
+TEMPLATES = Path(__file__).with_name("web")
+LIBRARY = "@huggingface/transformers@4.3.1"
+INSTALL = f"npm install --ignore-scripts {LIBRARY}"
+CDN = f"https://cdn.jsdelivr.net/npm/{LIBRARY}/dist/transformers.min.js"
+NEEDED = {  # a file in node_modules -> its name in the folder transformers.js of the page
+    "@huggingface/transformers/dist/transformers.min.js": "transformers.min.js",
+    "@huggingface/transformers/LICENSE": "LICENSE",
+    "onnxruntime-web/dist/ort-wasm-simd-threaded.mjs": "ort-wasm-simd-threaded.mjs",
+    "onnxruntime-web/dist/ort-wasm-simd-threaded.wasm": "ort-wasm-simd-threaded.wasm",
+}
+TOLD_BY_CARDS = ("text", "tokens", "trained on", "hardware", "time")  # rows of the card's table "How it was made"
+
+
+def check_library(node_modules: str | None, cdn: bool) -> None:
+    """Raise ValueError if it is not said where transformers.js comes from, or if a file of it is missing."""
+    if (node_modules is None) != cdn:
+        raise ValueError(
+            f"--to=web needs transformers.js: give either --node_modules=FOLDER, made by `{INSTALL}`, to copy it, or "
+            "--cdn to let the page load it from a server of others"
+        )
+    missing = [name for name in NEEDED if node_modules and not Path(node_modules, name).is_file()]
+    if missing:
+        raise ValueError(f"--node_modules={node_modules} has no file {missing[0]}: make the folder by `{INSTALL}`")
+
+
+def write_page(folder: Path, title: str, facts: dict[str, str], node_modules: str | None) -> None:
+    """Write the page into a folder that has the model in model/. Without `node_modules`, the page takes a CDN's copy.
+
+    `facts` stand beside the text, a name and a value a line.
+    """
+    library = CDN
+    if node_modules is not None:
+        library = "./transformers.js/transformers.min.js"
+        (folder / "transformers.js").mkdir()
+        for name, copy in NEEDED.items():
+            shutil.copyfile(Path(node_modules, name), folder / "transformers.js" / copy)
+    lines = (f"      <dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts.items())
+    page = Template((TEMPLATES / "index.html").read_text(encoding="utf-8"))
+    html = page.substitute(title=escape(title), library=library, facts="\n".join(lines))
+    (folder / "index.html").write_text(html, encoding="utf-8")
+    card = Template((TEMPLATES / "README.md").read_text(encoding="utf-8"))
+    (folder / "README.md").write_text(card.substitute(title=json.dumps(title)), encoding="utf-8")
+    shutil.copyfile(TEMPLATES / "page.js", folder / "page.js")
+
+
+def describe(config: NanoGPTConfig, card: str) -> dict[str, str]:
+    """Facts about a model: its shape, and what its card says about its losses and its training."""
+    facts = {
+        "parameters": f"{count_parameters(config):,}",
+        "network": f"{config.n_layer} layers, {config.n_head} heads, width {config.n_embd}",
+        "context": f"{config.block_size:,} tokens",
+    }
+    metadata = ModelCard(card, ignore_metadata_errors=True).data if card.startswith("---") else None
+    for result in getattr(metadata, "eval_results", None) or []:
+        facts[result.metric_name or result.metric_type] = str(result.metric_value)
+    rows = dict(re.findall(r"^\| ([a-z ]+) \| (.+) \|$", card, re.M))
+    for name in TOLD_BY_CARDS:
+        if name in rows:
+            facts[name] = rows[name].split(", sha256")[0].replace("`", "")
+    return facts
