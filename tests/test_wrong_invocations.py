@@ -48,8 +48,8 @@ for name, argv in json.load(sys.stdin):
 """
 
 TRAIN, PREPARE = "train_accelerate", "tokenization.prepare"
-SAMPLE, CONVERT, EVALUATE, SIZING, COMPARE, BENCH = (
-    f"modeling_nanogpt.{name}" for name in ("sample", "convert", "evaluate", "sizing", "compare", "bench")
+SAMPLE, CONVERT, EVALUATE, SIZING, COMPARE, BENCH, DEMO = (
+    f"modeling_nanogpt.{name}" for name in ("sample", "convert", "evaluate", "sizing", "compare", "bench", "demo")
 )
 WRONG = [  # a command, its arguments, and what the answer names
     (TRAIN, "missing.yaml", "missing.yaml cannot be read"),
@@ -117,6 +117,9 @@ WRONG = [  # a command, its arguments, and what the answer names
     (COMPARE, "model", "history.jsonl cannot be read"),
     (COMPARE, "model --plot=picture.gif", "--plot=picture.gif"),
     (COMPARE, "model --loss=-1", "--loss=-1.0"),
+    (DEMO, "", "MODEL"),
+    (DEMO, "model --port=0", "--port=0"),
+    (DEMO, "model --prot=7860", "did you mean --port"),
     (BENCH, "", "train|sample"),
     (BENCH, "fly model", "invalid choice: 'fly'"),
     (BENCH, "train good.yaml --steps=3", "--steps=3"),
