@@ -23,7 +23,8 @@ RECIPES = Path(__file__).parent / "hub_configs"
 
 @dataclasses.dataclass
 class ModelArguments:
-    init_from: str = knob("scratch", "scratch, resume, or a model: a folder, a Hub id or nanoGPT's ckpt.pt", path=True)
+    init_from: str = knob("scratch", "scratch, resume, auto, or a model: a folder, Hub id or ckpt.pt", path=True)
+    start_from: str = knob("scratch", "scratch or a model, if init_from is auto and finds no checkpoint", path=True)
     revision: str | None = knob(None, "branch, tag or commit, if init_from is a Hub id (default: main)")
     # the shape: a trained model brings its own; a new model gets these flags, or the defaults in brackets
     block_size: int | None = knob(None, "longest context in tokens (scratch: 1024)")
@@ -113,11 +114,11 @@ from accelerate import Accelerator  # processes, devices, precision
 from modeling_nanogpt import NanoGPTForCausalLM, arithmetic
 from modeling_nanogpt.optimization import Schedule, make_optimizer  # AdamW, Muon, learning rates
 from modeling_nanogpt.sources import adopt_tokenizer
-from modeling_nanogpt.training import checkpointing, describing, ending, fitting, hub, launching, monitoring, starting
+from modeling_nanogpt.training import checkpointing, describing, ending, fitting, launching, monitoring, starting
 from modeling_nanogpt.training.hooks import NO_HOOKS, Hooks  # for tests and experiments
 from modeling_nanogpt.training.recording import StepRecord  # losses, left on the device
 from modeling_nanogpt.training.saving import Saver, start_saving  # the model and its checkpoints
-from modeling_nanogpt.training.signals import Signals  # Ctrl-C and SIGTERM stop, SIGUSR1 saves
+from modeling_nanogpt.training.signals import Signals, leave_if_asked  # Ctrl-C and SIGTERM stop, SIGUSR1 saves
 from tokenization.prepare import prepare  # text becomes tokens on disk
 from tokenization.vocabularies import load_tokenizer
 from tokenization.windows import TokenStream, Windows, evaluation_windows, training_windows
@@ -168,6 +169,7 @@ def evaluate(
     model.eval()  # without dropout
     sums = []
     for mine in padded.shares(batch_size, accelerator.num_processes, accelerator.process_index):
+        leave_if_asked()  # a signal does not wait for the end of an evaluation
         batch = split.batch(mine, block_size)  # a position without a target has the target -100
         inputs, targets = (to_device(ids, accelerator.device) for ids in batch)
         # the loss is a sum divided by num_items_in_batch, so 1 leaves the sum
@@ -189,22 +191,20 @@ def main(model_args: ModelArguments, data_args: DataArguments, run_args: RunArgu
         trackers = monitoring.choose_trackers(run_args.report_to)
         processes = launching.join_processes(run_args)
         step_windows = fitting.windows_in_step(run_args, processes)
-
-        if model_args.init_from == "resume" and run_args.hub_model_id:
-            hub.fetch_run(run_args.hub_model_id, out_dir)  # if out_dir has no checkpoint yet
-        if model_args.init_from == "scratch":
+        init_from = starting.choose_start(recipe, out_dir)  # auto is resume, if there is anything to resume
+        if init_from == "scratch":
             start = starting.start_from_scratch(recipe)  # new weights
-        elif checkpoint := starting.find_checkpoint(model_args.init_from, out_dir):
+        elif checkpoint := starting.find_checkpoint(init_from, out_dir):
             start = starting.start_from_checkpoint(checkpoint, recipe)  # goes on as if it had never stopped
         else:
-            start = starting.start_from_model(model_args.init_from, model_args.revision, recipe)  # fine-tuning
+            start = starting.start_from_model(init_from, model_args.revision, recipe)  # fine-tuning
         precision = arithmetic.choose_precision(run_args.dtype, start.config, processes.device)
         accelerator = launching.start_accelerator(precision.value)
         # out_dir may hold an unfinished run, or one that is still at work
         launching.main_first(lambda: starting.check_out_dir(out_dir, start.checkpoint, overwrites=saves))
         model_tokenizer = None
         if start.carries_tokenizer:  # the data must have the tokens that the model knows
-            model_tokenizer = load_tokenizer(model_args.init_from, "init_from", model_args.revision)
+            model_tokenizer = load_tokenizer(init_from, "init_from", model_args.revision)
         # the main process prepares the data, then the others find it
         data = launching.main_first(lambda: prepare(data_args, start.config.block_size + 1, model_tokenizer))
         starting.check_data(start, data.record, data.folder)
@@ -218,7 +218,7 @@ def main(model_args: ModelArguments, data_args: DataArguments, run_args: RunArgu
 
     # --- Model -------------------------------------------------------------------------------------------------------
     torch.manual_seed(run_args.seed)  # for the weights of a new model
-    if model_args.init_from == "scratch":
+    if init_from == "scratch":
         config.vocab_size = math.ceil(len(data.tokenizer) / 64) * 64  # a multiple of 64 is faster
     model = start.model or NanoGPTForCausalLM(config)  # restore() below brings the weights of a checkpoint
     adopt_tokenizer(model, data.tokenizer)  # where texts end, and which ids are only padding
@@ -254,7 +254,9 @@ def main(model_args: ModelArguments, data_args: DataArguments, run_args: RunArgu
     log = monitoring.Log(accelerator, trackers, facts, state, bar_visible=not run_args.eval_only)
     size = {"batch_size": run_args.batch_size, "block_size": config.block_size, "accelerator": accelerator}
 
-    def evaluate_both() -> bool:  # whether the loss on val is the lowest so far
+    def evaluate_both(
+        between_batches: Callable = lambda: None,
+    ) -> bool:  # whether the loss on val is the lowest so far
         hooks.before_evaluation(state.step)  # does nothing outside of tests and experiments
         val_loss = evaluate(model, val, run_args.eval_tokens, **size)
         train_loss = evaluate(model, train, run_args.eval_tokens or len(val), **size)
@@ -271,9 +273,7 @@ def main(model_args: ModelArguments, data_args: DataArguments, run_args: RunArgu
         accelerator.end_training()  # leaves the group of processes
         return
     batches = training_batches(hooks.training_stream(train, state.step), draw, state.step, **size)
-    saver = Saver(
-        accelerator, model, optimizer.optimizer, data.tokenizer, facts, pusher=pusher, card=RECIPES / "MODEL_CARD.md"
-    )
+    saver = Saver(accelerator, model, optimizer.optimizer, data.tokenizer, facts, pusher, RECIPES / "MODEL_CARD.md")
 
     # --- The loop: one step is one optimizer update ------------------------------------------------------------------
     schedule, record = Schedule.of(run_args), StepRecord(accelerator, draw, run_args.batch_size)
@@ -282,11 +282,11 @@ def main(model_args: ModelArguments, data_args: DataArguments, run_args: RunArgu
     while True:
         # evaluate on fixed windows, and save the model
         if state.step % run_args.eval_interval == 0 or state.step == run_args.max_iters:
-            with clock.paused():  # tokens a second count training alone
+            with clock.paused(), signals.interrupting():  # tokens a second count training alone
                 improved = evaluate_both()
                 if state.step > 0 and (improved or run_args.always_save_checkpoint):
                     saver.save_model(state)
-        if state.step == run_args.max_iters or state.is_stale(run_args.patience):
+        if signals.stop or state.step == run_args.max_iters or state.is_stale(run_args.patience):
             break
 
         # set the learning rate
@@ -333,6 +333,7 @@ def main(model_args: ModelArguments, data_args: DataArguments, run_args: RunArgu
             break
 
     # --- The end: finished, stopped by a signal, or failed -----------------------------------------------------------
+    log.say(*record.read(state))  # what an evaluation that was left has not read
     log.close()  # the bar and the trackers
     signals.restore()
     ending.end_run(accelerator, saver, state, stopped_by=signals.stop, failure=failure)

@@ -349,16 +349,32 @@ def test_a_signal_stops_after_the_step_and_saves(folder, tmp_path, unbroken, num
     assert_same_weights(tmp_path / "out", unbroken)
 
 
-def test_a_signal_during_evaluation_stops_after_the_next_step(folder, tmp_path, unbroken):
+def test_a_signal_before_the_first_step_leaves_nothing_to_resume(folder, tmp_path, capfd):
     hooks = RunHooks()
-    hooks.at_evaluations[4].append((send_itself, (signal.SIGTERM,)))
+    hooks.at_evaluations[0].append((send_itself, (signal.SIGTERM,)))
     with pytest.raises(SystemExit) as stop:
         train(folder, hooks, out_dir=tmp_path / "out", **FLAGS)
+    assert stop.value.code == 143 and "after step 0; nothing was trained yet" in capfd.readouterr().out
+    assert newest_complete(tmp_path / "out") is None
+
+
+@pytest.mark.parametrize("step", [4, 12])  # between two checkpoints, and after the last step
+def test_a_signal_leaves_an_evaluation_and_the_resumed_run_evaluates_again(folder, tmp_path, unbroken, step, capfd):
+    hooks, flags = RunHooks(), FLAGS | {"save_interval": 3, "log_interval": 3}
+    hooks.at_evaluations[step].append((send_itself, (signal.SIGTERM,)))
+    with pytest.raises(SystemExit) as stop:
+        train(folder, hooks, out_dir=tmp_path / "out", **flags)
     assert stop.value.code == 143
-    assert newest_complete(tmp_path / "out").name == "step-00000005"
-    again = train(folder, out_dir=tmp_path / "out", init_from="resume", **FLAGS)
+    assert newest_complete(tmp_path / "out").name == f"step-{step:08d}"
+    said = capfd.readouterr().out
+    assert f"stopped by a signal after step {step}" in said and f"step {step}: train loss" not in said
+    again = train(folder, out_dir=tmp_path / "out", init_from="resume", **flags)
     assert_same_weights(tmp_path / "out", unbroken)
     assert again.val_losses == unbroken.val_losses
+    losses = {entry["step"]: entry["loss"] for entry in again.history if "loss" in entry}
+    whole = [entry["loss"] for entry in unbroken.history if "loss" in entry]
+    expected = {end: sum(whole[end - 3 : end]) / 3 for end in range(3, len(whole) + 1, 3)}
+    assert losses == pytest.approx(expected)
 
 
 def test_sigusr1_saves_and_goes_on(folder, tmp_path, unbroken):

@@ -26,6 +26,7 @@ from modeling_nanogpt.training.checkpointing import list_checkpoints, newest_com
 from support import PATIENCE, ROOT
 from support.runs import (
     HOOKS,
+    at_evaluation,
     at_step,
     finish,
     free_port,
@@ -33,6 +34,7 @@ from support.runs import (
     log_windows,
     read_windows,
     recipe_of,
+    send_itself,
     start,
     start_together,
     wait_for_signal,
@@ -257,6 +259,17 @@ def wait_for_files(paths, status):
     while not all(path.exists() for path in paths):
         assert status() is None, "the run has ended"
         time.sleep(0.005)
+
+
+def test_a_signal_to_one_process_leaves_the_evaluation_of_all(folder, two, tmp_path):
+    out_dir, log = tmp_path / "out", tmp_path / "log"
+    actions = [(), ((at_evaluation, 25, send_itself, signal.SIGTERM),)]  # of process 0 and of process 1
+    recipe = folder / "recipe.yaml"
+    running = start_together(2, recipe, log, f"--out_dir={out_dir}", before=lambda rank: actions[rank])
+    assert finish(*running) == [143, 143]
+    assert newest_complete(out_dir).name == "step-00000025"
+    again = run_together(folder, out_dir, 2, "--init_from=resume")
+    assert_bitwise_equal(again, two)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

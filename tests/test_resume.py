@@ -7,11 +7,14 @@ import os
 import pickle
 import re
 import shutil
+import signal
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
@@ -348,7 +351,7 @@ def test_each_flag_is_either_free_or_compared():
     shape = {key for key in model if hasattr(NanoGPTConfig(), key)}
     assert set(SHAPING) == set(OTHER)
     assert not FREE & set(SHAPING)
-    assert model == shape | {"init_from", "revision"}
+    assert model == shape | {"init_from", "start_from", "revision"}
     assert run | {"init_from", "windows"} == FREE | set(SHAPING)  # a new flag belongs to one of the two
     assert {"corpus", "tokenizer", "vocab_size", "data_dir", "windows"} <= data  # the rest shows in the tokens
 
@@ -497,3 +500,35 @@ def test_an_out_dir_without_checkpoints_holds_no_unfinished_run(tmp_path):
     check_out_dir(tmp_path, tmp_path / "checkpoints" / "step-00000099", overwrites=True)
     write_steps(tmp_path, [100])
     check_out_dir(tmp_path, None, overwrites=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# init_from=auto: one command line for the first start and for all others
+
+
+def test_auto_begins_goes_on_and_ends_under_one_command_line(tmp_path, capsys):
+    def second_line():
+        return capsys.readouterr().out.splitlines()[1]
+
+    whole = train(tmp_path, max_iters=12, eval_interval=4, out_dir=tmp_path / "whole")
+    capsys.readouterr()
+    flags = {"max_iters": 12, "eval_interval": 4, "init_from": "auto"}
+    for step in (0, 7, 12):  # stopped after 7 steps, finished, and over already
+        hooks = RunHooks()
+        hooks.at_steps[6].append((os.kill, (os.getpid(), signal.SIGTERM)))
+        with pytest.raises(SystemExit) if step == 0 else nullcontext():
+            run = train(tmp_path, hooks, **flags)
+        expected = f"going on after step {step}, from {tmp_path / 'out' / 'checkpoints' / f'step-{step:08d}'}"
+        assert second_line() == (expected if step else "starting from scratch")
+    assert run.val_losses == whole.val_losses
+    assert (run.out_dir / "model.safetensors").read_bytes() == (whole.out_dir / "model.safetensors").read_bytes()
+    assert yaml.safe_load((run.out_dir / "run.yaml").read_text())["init_from"] == "scratch"
+
+
+def test_auto_begins_with_the_model_that_start_from_names(tmp_path, capsys):
+    model = train(tmp_path, max_iters=4, out_dir=tmp_path / "model")
+    capsys.readouterr()
+    flags = {"max_iters": 4, "init_from": "auto", "start_from": model.out_dir, "out_dir": tmp_path / "tuned"}
+    tuned = train(tmp_path, **flags)
+    assert capsys.readouterr().out.splitlines()[1] == f"starting from {model.out_dir}"
+    assert tuned.val_losses[0] == pytest.approx(model.val_losses[-1], abs=1e-5)

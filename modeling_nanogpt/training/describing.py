@@ -60,13 +60,12 @@ def describe_run(
     introduction = (
         f"{hardware}{in_brackets(precision.reason)}, {flags.attn_implementation} attention, "
         f"compile={compiled.value}{in_brackets(compiled.reason)}\n"
+        f"{describe_start(start, recipe)}\n"
         f"{parameters:,} parameters, {flops_per_token(config):.3g} FLOPs a token, "
         f"{data['tokens']['train']:,} tokens to train on\n"
         f"a step: {step_tokens:,} tokens in {flags.gradient_accumulation_steps} micro-batches of "
         f"{flags.batch_size} windows of {config.block_size} tokens"
     )
-    if start.checkpoint:
-        introduction += f"\ngoing on after step {start.state.step}, from {start.checkpoint}"
     return RunFacts(
         out_dir=Path(flags.out_dir),
         recipe=recipe,
@@ -79,6 +78,13 @@ def describe_run(
         resumed_from=start.checkpoint,
         introduction=introduction,
     )
+
+
+def describe_start(start: Start, recipe: dict) -> str:
+    """Where a run starts, as the second line of the log says."""
+    if start.checkpoint:
+        return f"going on after step {start.state.step}, from {start.checkpoint}"
+    return f"starting from {recipe['init_from']}"
 
 
 def in_brackets(reason: str) -> str:

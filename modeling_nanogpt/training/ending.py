@@ -16,6 +16,8 @@ def end_run(accelerator: Accelerator, saver: Saver, state: TrainState, *, stoppe
     `stopped_by` is the number of the signal that stopped the run, or 0. `failure` says why training failed, if it did.
     """
     out_dir, pusher = saver.out_dir, saver.pusher
+    if stopped_by and state.step > 0 and saver.saved_step != state.step:  # during an evaluation
+        saver.save_checkpoint(state)
     if failure:
         failure += f"; the last good checkpoint: {newest_complete(out_dir) or 'none yet'}"
     val_loss = next((entry["val_loss"] for entry in reversed(state.history) if "val_loss" in entry), math.nan)
@@ -23,7 +25,8 @@ def end_run(accelerator: Accelerator, saver: Saver, state: TrainState, *, stoppe
         failure = f"training has diverged (val loss {val_loss}): lower --learning_rate, or set --grad_clip=1"
     failure = failure or saver.failure
     if not failure and stopped_by:
-        accelerator.print(f"stopped by a signal after step {state.step}; --init_from=resume goes on from there")
+        goes_on = "--init_from=resume goes on from there" if state.step > 0 else "nothing was trained yet"
+        accelerator.print(f"stopped by a signal after step {state.step}; {goes_on}")
     if not failure and not stopped_by:
         if state.step < saver.facts.recipe["max_iters"]:
             accelerator.print(f"stopped at step {state.step}: {state.stale} evaluations without a lower val loss")

@@ -185,22 +185,27 @@ def start_pusher(flags, out_dir: Path, accelerator: Accelerator) -> Pusher | Non
     return Pusher(model_id, out_dir, private=flags.hub_private_repo, strategy=flags.hub_strategy)
 
 
+class NoRun(ValueError):
+    """The repository is not there, or holds no checkpoint."""
+
+
 def fetch_run(model_id: str, out_dir: Path) -> None:
     """Bring a run that was pushed with strategy `checkpoint` into an out_dir that has no checkpoints yet.
 
-    Files of out_dir stay as they are. Raises ValueError if there is no such run, or if it cannot be fetched.
+    Files of out_dir stay as they are. Raises NoRun if there is no such run, and ValueError if it cannot be fetched.
     """
     if list_checkpoints(out_dir):
         return
-    flag = f"init_from=resume, hub_model_id={model_id}"
+    flag = f"hub_model_id={model_id}"
     try:
         name = model_id if "/" in model_id else f"{HfApi().whoami()['name']}/{model_id}"
         fetched = Path(snapshot_download(name))
     except Exception as error:  # from the client or the connection
-        raise ValueError(f"{flag}: the run cannot be fetched ({explain(error)})") from None
+        kind = NoRun if isinstance(error, RepositoryNotFoundError) else ValueError
+        raise kind(f"{flag}: the run cannot be fetched ({explain(error)})") from None
     checkpoints = in_order(fetched.glob(f"{LAST}/step-*"))
     if not checkpoints:
-        raise ValueError(f"{flag} holds no {LAST}/: only a run with --hub_strategy=checkpoint pushes it")
+        raise NoRun(f"{flag} holds no {LAST}/: only a run with --hub_strategy=checkpoint pushes it")
     out_dir.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(out_dir / ".fetching"):  # every process of a run comes here, and the first one does the work
         for path in sorted(fetched.rglob("*")):

@@ -43,7 +43,6 @@ class Saver:
         optimizer: torch.optim.Optimizer,
         tokenizer: PreTrainedTokenizerBase,
         facts: RunFacts,
-        *,
         pusher: Pusher | None,
         card: Path,
     ):
@@ -56,6 +55,7 @@ class Saver:
             name=pusher.model_id if pusher else facts.out_dir.name,
             commit=find_commit(),
         )
+        self.saved_step = -1  # of the last checkpoint
         self._failures: dict[str, str] = {}
         disable_progress_bar()  # transformers draws a bar at each save, but the only bar here is the loop's
 
@@ -86,6 +86,7 @@ class Saver:
 
     def save_checkpoint(self, state: TrainState) -> None:
         """Write the checkpoint of this step. Every process takes part."""
+        self.saved_step = state.step
         tensors = gather_tensors(self.model, self.optimizer)
         state.scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else {}
         if self.accelerator.is_main_process:

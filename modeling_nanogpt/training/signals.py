@@ -1,16 +1,33 @@
-"""Signals are requests that the loop fulfils between two steps: SIGTERM, SIGINT, SIGHUP to stop, SIGUSR1 to save."""
+"""Signals are requests that the loop fulfils between two steps: SIGTERM, SIGINT, SIGHUP to stop, SIGUSR1 to save.
+
+An evaluation may take minutes, and what starts a run may wait for half a minute. So it is left between two batches.
+"""
 
 import os
 import signal
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 import torch
 
 # a terminal that is closed sends SIGHUP; Windows has neither SIGHUP nor SIGUSR1
 STOPPING = (signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
 SAVING = (signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()
+
+
+class Interrupted(Exception):
+    """A signal asks to stop, and what was going on may be left."""
+
+
+CHECKS: list[Callable[[], None]] = []  # one for each context that may be left
+
+
+def leave_if_asked() -> None:
+    """Leave the context `interrupting`, if there is one and a signal asks to stop. Every process must call this."""
+    for check in CHECKS:
+        check()
 
 
 class Signals:
@@ -39,14 +56,33 @@ class Signals:
 
     def poll(self) -> None:
         """Update `stop` and `save`. They are the same on every process, and every process must call this."""
-        stop, save = self._stop, self._save
-        if self._group is not None:
-            requests = torch.tensor([stop, int(save)])
-            torch.distributed.all_reduce(requests, torch.distributed.ReduceOp.MAX, group=self._group)
-            stop, save = int(requests[0]), bool(requests[1])
-        self.stop, self.save = stop, save
-        if save:
+        self.stop, self.save = self._agree(self._stop), bool(self._agree(self._save))
+        if self.save:
             self._save = False
+
+    @contextmanager
+    def interrupting(self) -> Iterator[None]:
+        """A context that leave_if_asked leaves if a signal asks to stop."""
+
+        def check() -> None:
+            self.stop = self._agree(self._stop)
+            if self.stop:
+                raise Interrupted
+
+        CHECKS.append(check)
+        try:
+            with suppress(Interrupted):
+                yield
+        finally:
+            CHECKS.pop()
+
+    def _agree(self, request: int) -> int:
+        """The largest of the requests of all processes."""
+        if self._group is None:
+            return int(request)
+        requests = torch.tensor([int(request)])
+        torch.distributed.all_reduce(requests, torch.distributed.ReduceOp.MAX, group=self._group)
+        return int(requests)
 
     def restore(self) -> None:
         """From here on, signals do what they did before."""

@@ -20,6 +20,7 @@ from .checkpointing import (
     read_tensors,
 )
 from .holding import check_free
+from .hub import NoRun, fetch_run
 
 # flags that are keys of NanoGPTConfig
 SHAPE = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias", "activation_function")
@@ -44,6 +45,27 @@ class Start:
     checkpoint: Path | None = None
     state: TrainState = dataclasses.field(default_factory=TrainState)
     run: dict = dataclasses.field(default_factory=dict)
+
+
+def choose_start(recipe: dict, out_dir: Path) -> str:
+    """What a run starts from: `scratch`, `resume`, or a model or checkpoint, by its name.
+
+    `auto` means resume if out_dir holds a complete checkpoint or the run on the Hub has pushed one, and otherwise what
+    start_from names. Brings a run that is to be resumed from the Hub. Raises ValueError if that is not possible.
+    """
+    init_from, model_id = recipe["init_from"], recipe.get("hub_model_id")
+    if init_from not in ("auto", "resume"):
+        return init_from
+    try:
+        if model_id:
+            fetch_run(model_id, out_dir)  # if out_dir has no checkpoint yet
+    except NoRun:
+        if init_from == "resume":
+            raise
+    if init_from == "resume" or newest_complete(out_dir):
+        return "resume"
+    recipe["init_from"] = recipe["start_from"]
+    return recipe["start_from"]
 
 
 def start_from_scratch(recipe: dict) -> Start:

@@ -177,6 +177,11 @@ def at_step(step: int, function: Callable, *arguments) -> None:
     HOOKS.at_steps[step].append((function, arguments))
 
 
+def at_evaluation(step: int, function: Callable, *arguments) -> None:
+    """Call a function when the model is about to be evaluated after so many steps."""
+    HOOKS.at_evaluations[step].append((function, arguments))
+
+
 def wait_for_signal(number: int, waiting: str) -> None:
     """Make a file to say that this process waits, and wait until the signal has come and has been handled."""
     handler, come = signal.getsignal(number), []
