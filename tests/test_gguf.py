@@ -214,6 +214,7 @@ def test_wrong_input_is_one_line_and_writes_nothing(folders, tmp_path, monkeypat
     Path("there.gguf").write_text("of somebody")
     read_char_tokenizer(Path("there.gguf")).save_pretrained("words")
     before = sorted(tmp_path.rglob("*"))
+    capsys.readouterr()  # making a model shows a progress bar
     with pytest.raises(SystemExit) as exit:
         run_convert(monkeypatch, *arguments)
     (line,) = capsys.readouterr().err.splitlines()
@@ -222,9 +223,11 @@ def test_wrong_input_is_one_line_and_writes_nothing(folders, tmp_path, monkeypat
 
 
 def test_without_the_package_one_line_names_the_extra(folders, tmp_path, monkeypatch, capsys):
+    model = folders("char")
+    capsys.readouterr()
     monkeypatch.setattr(convert, "find_spec", lambda name: None)
     with pytest.raises(SystemExit):
-        run_convert(monkeypatch, folders("char"), tmp_path / "m.gguf", "--to=gguf")
+        run_convert(monkeypatch, model, tmp_path / "m.gguf", "--to=gguf")
     (line,) = capsys.readouterr().err.splitlines()
     assert "nanogpt-hf[clients]" in line and not list(tmp_path.iterdir())
 
