@@ -88,8 +88,8 @@ from .gguf_export import read_vocabulary, write_gguf
 from .modeling_nanogpt import NanoGPTForCausalLM
 from .onnx_export import check_size, write_onnx
 from .optimization import make_optimizer
-from .sources import Misfit, Source, adopt_tokenizer, build_model, first_line, open_source
-from .web_page import card_of, check_library, describe, write_page
+from .sources import Misfit, Source, adopt_tokenizer, build_model, find_file, first_line, open_source
+from .web_page import check_library, describe, write_page
 
 MAKE_A_FOLDER = (
     "`python -m tokenization.prepare --corpus=input.txt --tokenizer=input.txt --data_dir=data/mine` makes a tokenizer "
@@ -143,8 +143,9 @@ def convert(
                 write_onnx_gpt2(path, config, weights, chosen, dtype)
             elif to == "web":
                 write_onnx_gpt2(path / "model", config, weights, chosen, dtype)
-                facts = describe(config, card_of(source, revision) if opened.carries_tokenizer else "")
-                write_page(path, Path(source).name, facts, node_modules)
+                card = find_file(source, "README.md", revision) if opened.carries_tokenizer else None
+                facts = describe(config, Path(card).read_text(encoding="utf-8") if card else "")
+                write_page(path, os.path.basename(os.path.abspath(source)), facts, node_modules)
             else:
                 write_nanogpt(path, config, weights, chosen)
     except Misfit as mistake:

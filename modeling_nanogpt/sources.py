@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
 from . import (
     llmc,
@@ -326,6 +326,18 @@ def adopt_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     model.generation_config.max_length = model.config.max_position_embeddings  # for callers that name no length
     padding = list(range(len(tokenizer), model.config.vocab_size))
     model.generation_config.suppress_tokens = padding or None
+
+
+def find_file(name: str, file: str, revision: str | None = None) -> str | None:
+    """The path of a file of a folder or Hub id; None if there is no such file."""
+    path: str | None = cached_file(
+        name,
+        file,
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return path
 
 
 def first_line(error: BaseException | str) -> str:

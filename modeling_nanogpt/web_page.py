@@ -11,7 +11,6 @@ from pathlib import Path
 from string import Template
 
 from huggingface_hub import ModelCard
-from transformers.utils import cached_file
 
 from .configuration_nanogpt import NanoGPTConfig
 from .onnx_export import count_parameters
@@ -76,15 +75,3 @@ def describe(config: NanoGPTConfig, card: str) -> dict[str, str]:
         if name in rows:
             facts[name] = rows[name].split(", sha256")[0].replace("`", "")
     return facts
-
-
-def card_of(name: str, revision: str | None) -> str:
-    """The text of the card of a folder or Hub id; empty if there is none."""
-    path = cached_file(
-        name,
-        "README.md",
-        revision=revision,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    return Path(path).read_text(encoding="utf-8") if path else ""

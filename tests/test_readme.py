@@ -41,6 +41,7 @@ MADE_BY_COMMANDS = (
     "out/quickstart.gguf",
     "out/quickstart-onnx",
     "out/quickstart-web",
+    "out/space",
     "out/mine",
     "out-nanogpt",
 )
@@ -142,6 +143,7 @@ def test_the_module_commands_of_a_page_do_what_they_say(page, at_home, monkeypat
     left_out = []
     for module, *arguments in module_commands(page):
         needed = [package for word in arguments for package in PACKAGES.get(word, ())]
+        needed += ["gradio"] if module == "modeling_nanogpt.demo" else []
         if missing := [package for package in needed if importlib.util.find_spec(package) is None]:
             left_out += missing
             continue

@@ -41,12 +41,12 @@ class Browser:
         port = line.split()[-1].rstrip(".")
         self.root = f"http://127.0.0.1:{port}/session"
         options = {"binary": shutil.which("chromium"), "args": FLAGS}
+        session = self.post("", capabilities={"alwaysMatch": {"goog:chromeOptions": options}})
+        self.root += f"/{session['sessionId']}"
         try:
-            session = self.post("", capabilities={"alwaysMatch": {"goog:chromeOptions": options}})
-            self.root += f"/{session['sessionId']}"
             self.post("/url", url=self.address)
         except BaseException:
-            self.driver.kill()
+            self.__exit__()
             raise
         return self
 
