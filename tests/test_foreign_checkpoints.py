@@ -42,6 +42,7 @@ def run_convert(monkeypatch, *argv):
 
 
 def refusal(capsys, monkeypatch, *argv) -> str:
+    capsys.readouterr()  # loading a model shows a progress bar
     with pytest.raises(SystemExit) as exit:
         run_convert(monkeypatch, *argv)
     (line,) = capsys.readouterr().err.splitlines()

@@ -48,17 +48,21 @@ def folders(tmp_path_factory):
     def folder_of(kind):
         if kind not in made:
             made[kind] = tmp_path_factory.mktemp(kind)
-            tokenizer = make_tokenizer(kind)
-            # more rows than tokens, a narrow MLP, and biases or none
-            shape = {"vocab_size": len(tokenizer) + 7, "block_size": 128, "intermediate_size": 96}
-            model = make_model(**shape, bias=kind == "char", initializer_range=0.05)
-            teach(model, [tokenizer(prompt + TEXT[1000 * i :][:1000]).input_ids for i, prompt in enumerate(PROMPTS)])
-            adopt_tokenizer(model, tokenizer)
-            model.save_pretrained(made[kind])
-            tokenizer.save_pretrained(made[kind])
+            save_model(made[kind], kind, intermediate_size=96)  # a narrow MLP
         return made[kind]
 
     return folder_of
+
+
+def save_model(folder, kind, **shape):
+    """A model that knows four texts, and its tokenizer. The model has more rows than tokens, and biases or none."""
+    tokenizer = make_tokenizer(kind)
+    shape |= {"vocab_size": len(tokenizer) + 7, "block_size": 128, "bias": kind == "char"}
+    model = make_model(**shape, initializer_range=0.05)
+    teach(model, [tokenizer(prompt + TEXT[1000 * i :][:1000]).input_ids for i, prompt in enumerate(PROMPTS)])
+    adopt_tokenizer(model, tokenizer)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def teach(model, texts):
@@ -214,6 +218,7 @@ def test_wrong_input_is_one_line_and_writes_nothing(folders, tmp_path, monkeypat
     Path("there.gguf").write_text("of somebody")
     read_char_tokenizer(Path("there.gguf")).save_pretrained("words")
     before = sorted(tmp_path.rglob("*"))
+    capsys.readouterr()  # making a model shows a progress bar
     with pytest.raises(SystemExit) as exit:
         run_convert(monkeypatch, *arguments)
     (line,) = capsys.readouterr().err.splitlines()
@@ -222,9 +227,11 @@ def test_wrong_input_is_one_line_and_writes_nothing(folders, tmp_path, monkeypat
 
 
 def test_without_the_package_one_line_names_the_extra(folders, tmp_path, monkeypatch, capsys):
+    model = folders("char")
+    capsys.readouterr()
     monkeypatch.setattr(convert, "find_spec", lambda name: None)
     with pytest.raises(SystemExit):
-        run_convert(monkeypatch, folders("char"), tmp_path / "m.gguf", "--to=gguf")
+        run_convert(monkeypatch, model, tmp_path / "m.gguf", "--to=gguf")
     (line,) = capsys.readouterr().err.splitlines()
     assert "nanogpt-hf[clients]" in line and not list(tmp_path.iterdir())
 
@@ -250,7 +257,12 @@ def run_llama_cpp(model, prompts, tokens):
 def test_llama_cpp_reads_and_continues_prompts_as_transformers_does(folders, tmp_path, monkeypatch, kind, dtype):
     run_convert(monkeypatch, folders(kind), tmp_path / "m.gguf", "--to=gguf", f"--dtype={dtype}")
     model, tokenizer = (auto.from_pretrained(folders(kind)) for auto in (AutoModelForCausalLM, AutoTokenizer))
-    for prompt, answer in zip(PROMPTS, run_llama_cpp(tmp_path / "m.gguf", PROMPTS, NEW), strict=True):
+    compare(run_llama_cpp(tmp_path / "m.gguf", PROMPTS, NEW), model, tokenizer)
+
+
+def compare(answers, model, tokenizer):
+    """Compare what llama.cpp made of PROMPTS with transformers: ids, greedy tokens, and their log-probabilities."""
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
         inputs = tokenizer(prompt, return_tensors="pt")
         start = inputs.input_ids.shape[1]
         assert answer["ids"] == inputs.input_ids[0].tolist()
@@ -283,3 +295,19 @@ def test_llama_cpp_spells_a_space_that_no_text_had(tmp_path, monkeypatch):
     run_convert(monkeypatch, tmp_path / "model", tmp_path / "m.gguf", "--to=gguf")
     (answer,) = run_llama_cpp(tmp_path / "m.gguf", ["a b\nc"], 0)
     assert answer["ids"] == tokenizer("a b\nc").input_ids and answer["text"] == "a b\nc"
+
+
+@needs_gpt2
+@needs_llama_cpp
+def test_llama_cpps_own_converter_takes_the_gpt2_form(tmp_path, monkeypatch):
+    # The npm package brings the source of llama.cpp as a bundle of git. The converter takes every MLP for a wide one.
+    bundle = Path(node_packages("node-llama-cpp"), "node-llama-cpp", "llama", "gitRelease.bundle")
+    subprocess.run(["git", "clone", "--quiet", bundle, tmp_path / "llama.cpp"], check=True, capture_output=True)
+    save_model(tmp_path / "model", "gpt2")
+    run_convert(monkeypatch, tmp_path / "model", tmp_path / "gpt2", "--to=gpt2")
+    script = tmp_path / "llama.cpp" / "convert_hf_to_gguf.py"
+    command = [sys.executable, script, tmp_path / "gpt2", "--outtype=f32", f"--outfile={tmp_path / 'm.gguf'}"]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr
+    model, tokenizer = (auto.from_pretrained(tmp_path / "model") for auto in (AutoModelForCausalLM, AutoTokenizer))
+    compare(run_llama_cpp(tmp_path / "m.gguf", PROMPTS, NEW), model, tokenizer)

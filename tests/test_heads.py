@@ -125,3 +125,23 @@ def test_padding_on_the_left_moves_no_position(cls):
         alone = model(row[None])[0][0]
         assert_close(states[-len(row) :], alone, atol=1e-4, rtol=1e-4)
         assert_close(last, alone[-2:], atol=1e-4, rtol=1e-4)
+
+
+def test_a_lora_adapter_carries_the_head_that_it_was_trained_with(tmp_path):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    make_model().save_pretrained(tmp_path / "language")
+    load = transformers.AutoModelForSequenceClassification.from_pretrained
+    settings = {"num_labels": 3, "pad_token_id": PAD}
+    adapted = peft.get_peft_model(
+        load(tmp_path / "language", **settings), peft.LoraConfig(task_type="SEQ_CLS", target_modules="all-linear")
+    )
+    ids, labels = 1 + make_tokens(12, 8) % (VOCAB - 1), torch.arange(12) % 3
+    optimizer = torch.optim.AdamW([each for each in adapted.parameters() if each.requires_grad], lr=1e-2)
+    for _ in range(5):
+        adapted(input_ids=ids, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    expected = adapted.eval()(input_ids=ids).logits
+    adapted.save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(load(tmp_path / "language", **settings), tmp_path / "adapter")
+    assert_close(again(input_ids=ids).logits, expected, atol=1e-5, rtol=1e-5)
