@@ -32,6 +32,11 @@ PROMPT = "to be"
 NEW = 60  # tokens: several times the context of the run
 
 
+def in_chromium(test):
+    """Skips a test if the machine lacks what it needs."""
+    return needs_onnx(needs_transformers_js(needs_browser(test)))
+
+
 def run_convert(monkeypatch, *argv):
     monkeypatch.setattr(sys, "argv", ["convert", *map(str, argv)])
     convert.main(convert.parse_arguments())
@@ -157,34 +162,41 @@ def test_a_mistake_is_named_before_anything_is_written(run, tmp_path, monkeypatc
 # Chromium
 
 
-@needs_onnx
-@needs_transformers_js
-@needs_browser
-class TestInChromium:
-    def test_the_greedy_text_is_the_one_of_sample_far_past_the_context(self, browser, source):
-        assert generate(browser) == expected(source, PROMPT)
-        count, rest = status_of(browser).split(" tokens: ")
-        assert int(count) <= NEW and "tokens/s" in rest
+@in_chromium
+def test_the_greedy_text_is_the_one_of_sample_far_past_the_context(browser, source):
+    assert generate(browser) == expected(source, PROMPT)
+    count, rest = status_of(browser).split(" tokens: ")
+    assert int(count) <= NEW and "tokens/s" in rest
 
-    def test_a_prompt_longer_than_the_context_keeps_its_end(self, browser, source):
-        prompt = "or not to be, that is the question"
-        assert generate(browser, prompt) == expected(source, prompt)
 
-    def test_the_likeliest_of_one_token_is_the_greedy_one_at_any_temperature(self, browser, source):
-        assert generate(browser, temperature=5, top_k=1) == expected(source, PROMPT)
+@in_chromium
+def test_a_prompt_longer_than_the_context_keeps_its_end(browser, source):
+    prompt = "or not to be, that is the question"
+    assert generate(browser, prompt) == expected(source, prompt)
 
-    def test_two_draws_differ(self, browser):
-        assert generate(browser, temperature=1, top_k=0) != generate(browser, temperature=1, top_k=0)
 
-    def test_stop_ends_a_long_text(self, browser):
-        fill_in_and_start(browser, PROMPT, temperature=0, top_k=0, length=10**6)
-        grown = "document.getElementById('text').textContent.length"
-        size = browser.wait_for(f"{grown} > 40 && {grown}")
-        browser.wait_for(f"{grown} > {size}")  # the text grows on the page
-        browser.click("#stop")
-        browser.wait_for("!document.getElementById('generate').disabled")
-        assert int(status_of(browser).split()[0]) < 10**6
+@in_chromium
+def test_the_likeliest_of_one_token_is_the_greedy_one_at_any_temperature(browser, source):
+    assert generate(browser, temperature=5, top_k=1) == expected(source, PROMPT)
 
-    def test_nothing_is_asked_of_another_machine(self, browser, page):
-        addresses = browser.run("return performance.getEntriesByType('resource').map(entry => entry.name)")
-        assert len(addresses) > 8 and all(name.startswith(browser.address) for name in addresses)
+
+@in_chromium
+def test_two_draws_differ(browser):
+    assert generate(browser, temperature=1, top_k=0) != generate(browser, temperature=1, top_k=0)
+
+
+@in_chromium
+def test_stop_ends_a_long_text(browser):
+    fill_in_and_start(browser, PROMPT, temperature=0, top_k=0, length=10**6)
+    grown = "document.getElementById('text').textContent.length"
+    size = browser.wait_for(f"{grown} > 40 && {grown}")
+    browser.wait_for(f"{grown} > {size}")  # the text grows on the page
+    browser.click("#stop")
+    browser.wait_for("!document.getElementById('generate').disabled")
+    assert int(status_of(browser).split()[0]) < 10**6
+
+
+@in_chromium
+def test_nothing_is_asked_of_another_machine(browser, page):
+    addresses = browser.run("return performance.getEntriesByType('resource').map(entry => entry.name)")
+    assert len(addresses) > 8 and all(name.startswith(browser.address) for name in addresses)
