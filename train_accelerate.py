@@ -74,7 +74,7 @@ class RunArguments:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob("auto", "arithmetic; auto: what is fast here")
     gradient_checkpointing: bool = knob(False, "compute activations twice: less memory, more time")
     compile: bool | Literal["auto"] = knob("auto", "torch.compile; auto: on a GPU, and in a long run on a CPU")
-    attn_implementation: Literal["sdpa", "eager", "flex_attention"] = knob("sdpa", "attention function")
+    attn_implementation: str = knob("sdpa", "sdpa, eager, flex_attention, or a kernel: kernels-community/flash-attn3")
     prepare_only: bool = knob(False, "prepare data_dir and stop")
 
     def __post_init__(self):  # defaults that depend on other knobs
@@ -111,7 +111,7 @@ import torch
 from accelerate import Accelerator  # processes, devices, precision
 
 from modeling_nanogpt import NanoGPTForCausalLM, arithmetic
-from modeling_nanogpt.optimization import Schedule, check_optimizer, make_optimizer  # AdamW, Muon, learning rates
+from modeling_nanogpt.optimization import Schedule, make_optimizer  # AdamW, Muon, learning rates
 from modeling_nanogpt.sources import adopt_tokenizer
 from modeling_nanogpt.training import checkpointing, describing, ending, fitting, hub, launching, monitoring, starting
 from modeling_nanogpt.training.hooks import NO_HOOKS, Hooks  # for tests and experiments
@@ -189,7 +189,6 @@ def main(model_args: ModelArguments, data_args: DataArguments, run_args: RunArgu
         trackers = monitoring.choose_trackers(run_args.report_to)
         processes = launching.join_processes(run_args)
         step_windows = fitting.windows_in_step(run_args, processes)
-        check_optimizer(run_args.optimizer, sharded=launching.is_sharded(processes))
 
         if model_args.init_from == "resume" and run_args.hub_model_id:
             hub.fetch_run(run_args.hub_model_id, out_dir)  # if out_dir has no checkpoint yet
@@ -223,7 +222,7 @@ def main(model_args: ModelArguments, data_args: DataArguments, run_args: RunArgu
         config.vocab_size = math.ceil(len(data.tokenizer) / 64) * 64  # a multiple of 64 is faster
     model = start.model or NanoGPTForCausalLM(config)  # restore() below brings the weights of a checkpoint
     adopt_tokenizer(model, data.tokenizer)  # where texts end, and which ids are only padding
-    model.set_attn_implementation(run_args.attn_implementation)
+    fitting.set_attention(model, run_args.attn_implementation)
     if run_args.gradient_checkpointing:
         fitting.checkpoint_activations(model)
     model.to(accelerator.device).train()  # weights are float32; autocast lowers the precision of products

@@ -1,6 +1,7 @@
 """What a run computes with: its precision, and whether its model is compiled. By default, what is fast here."""
 
 import os
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from .sources import first_line
 from .throughput import flops_per_token
 
 PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # our names, and Accelerate's
+ATTENTION = ("sdpa", "eager", "flex_attention")  # what PyTorch itself brings
 # On a CPU with instructions for bfloat16, a step in bfloat16 takes as long as one in float32 at 128 wide, two thirds
 # of its time at 192 wide, and less at more: the casts between the products cost more than small products gain.
 WIDE = 192
@@ -35,10 +37,7 @@ def check(flags, device: torch.device) -> None:
             f"dtype={flags.dtype}, but accelerate launch asks for mixed_precision={launched}: leave out --dtype, or "
             f"give accelerate launch --mixed_precision={wanted}"
         )
-    if flags.attn_implementation == "flex_attention" and device.type == "cpu":
-        raise ValueError(
-            "attn_implementation=flex_attention trains on a GPU only: use --attn_implementation=sdpa or eager"
-        )
+    check_attention(flags.attn_implementation, device)
     if wanted == "fp16" and device.type == "cpu":
         if launched == "fp16":  # perhaps by the file that `accelerate config` has written
             raise ValueError(
@@ -51,6 +50,20 @@ def check(flags, device: torch.device) -> None:
             f"compile=true, but torch cannot compile here ({obstacle}): install a C++ compiler such as g++, or leave "
             "out --compile"
         )
+
+
+def check_attention(name: str, device: torch.device) -> None:
+    """Raise ValueError if there is no such attention function, or if it does not run on the device."""
+    is_kernel = "/" in name
+    if not is_kernel and name not in ATTENTION:
+        raise ValueError(
+            f"attn_implementation={name}, but it must be {', '.join(ATTENTION)}, or a kernel on the Hub such as "
+            "kernels-community/flash-attn3"
+        )
+    if device.type == "cpu" and name not in ("sdpa", "eager"):
+        raise ValueError(f"attn_implementation={name} trains on a GPU only: use --attn_implementation=sdpa or eager")
+    if is_kernel and find_spec("kernels") is None:
+        raise ValueError(f"attn_implementation={name} needs the package kernels: pip install kernels")
 
 
 def launched_precision() -> str:

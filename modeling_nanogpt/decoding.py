@@ -6,11 +6,11 @@ tokens are dropped, and one pass over those that stay fills a new cache. With st
 does nanoGPT, and each token is drawn from as many tokens as the model can see.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from .modeling_nanogpt import CACHE
 
@@ -27,6 +27,7 @@ def continue_prompt(
     top_k: int,
     stride: int | None = None,
     generator: torch.Generator | None = None,
+    compiled: bool = False,
 ) -> Iterator[torch.Tensor]:
     """Continue prompts (B, T) int64: yields the next token of each row, (B,) int64, at most max_new_tokens times.
 
@@ -34,6 +35,10 @@ def continue_prompt(
     context are dropped at once, by default half of it. A row that has ended goes on with its end-of-text id, and after
     the last row has ended, no more comes. Draws come from `generator`, or from torch's own. The model's
     generation configuration says which tokens end a text (eos_token_id), and which are never drawn (suppress_tokens).
+
+    A step of one token is short for a GPU, which mostly waits for its launch. If it is `compiled`, which takes some
+    time at the start, it becomes one CUDA graph, or on a CPU one compiled function. For that, the cache has a fixed
+    size and a fixed place.
     """
     block_size = model.config.max_position_embeddings
     stride = stride or max(block_size // 2, 1)
@@ -41,9 +46,15 @@ def continue_prompt(
     ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)  # (B,)
     ended_every = 1 if ids.device.type == "cpu" else ENDED_EVERY
     context = ids[:, -block_size:]  # all that the model sees
-    cache, unread = DynamicCache(config=model.config), context  # what the cache does not hold yet
+    cache: Cache = DynamicCache(config=model.config)
+    read_one: Callable = model
+    if compiled:
+        cache = StaticCache(config=model.config, max_cache_len=block_size)
+        read_one = torch.compile(model.forward, mode="reduce-overhead", dynamic=False)
+    unread = context  # what the cache does not hold yet
     for step in range(1, max_new_tokens + 1):
-        logits = model(unread, use_cache=True, logits_to_keep=1, **{CACHE: cache}).logits[:, -1].float()  # (B, V)
+        forward = read_one if unread.shape[1] == 1 else model
+        logits = forward(unread, use_cache=True, logits_to_keep=1, **{CACHE: cache}).logits[:, -1].float()  # (B, V)
         token = choose(logits.index_fill(1, never, -torch.inf), temperature, top_k, generator)  # (B,)
         if len(ends):
             token = torch.where(ended, ends[0], token)
@@ -56,7 +67,10 @@ def continue_prompt(
             context = torch.cat([context, unread], dim=1)
         else:
             unread = context = torch.cat([context[:, stride:], token[:, None]], dim=1)
-            cache = DynamicCache(config=model.config)
+            if compiled:
+                cache.reset()
+            else:
+                cache = DynamicCache(config=model.config)
 
 
 def opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:

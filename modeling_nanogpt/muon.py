@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.adamw import adamw
 
 # One (a, b, c) for each iteration: the quintic nearest to 1 over the range to which the previous iteration maps the
@@ -58,6 +59,21 @@ def gradients_of(params: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     return [p.grad for p in params if p.grad is not None]
 
 
+def shard_of(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a tensor: all of it, unless FSDP2 has sharded it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def gather(shard: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The whole of a tensor that is sharded as `like`. Every process takes part."""
+    if not isinstance(like, DTensor):
+        return shard
+    sharded = DTensor.from_local(
+        shard, like.device_mesh, like.placements, shape=like.shape, stride=like.stride(), run_check=False
+    )
+    return sharded.full_tensor()
+
+
 class Muon(torch.optim.Optimizer):
     """Muon for the groups whose `parts` is not 0, and AdamW for the others. Both decouple weight decay.
 
@@ -69,8 +85,10 @@ class Muon(torch.optim.Optimizer):
 
     This is one optimizer, because a gradient scaler treats each optimizer apart: with two, it could skip the step of
     one and not of the other. As in fused AdamW, the attribute `found_inf`, a tensor that is 1.0 or 0.0, turns a step
-    into one that changes nothing, and the host does not wait for the device to know. The matrices must be whole:
-    see check_optimizer.
+    into one that changes nothing, and the host does not wait for the device to know.
+
+    Weights that FSDP2 has sharded are updated as whole ones: each process gathers the look-ahead of a matrix,
+    orthogonalises all of it, and subtracts its own shard.
     """
 
     def __init__(
@@ -91,7 +109,7 @@ class Muon(torch.optim.Optimizer):
                 self._step_adamw(params, group, skip)
                 continue
             for p, update in zip(params, self._momentum(params, group["momentum"], skip), strict=True):
-                matrices = as_matrices(update, group["parts"])
+                matrices = as_matrices(gather(update, like=p), group["parts"])
                 batches[matrices.shape[1:]].append((p, matrices, group))
         for batch in batches.values():
             params, updates, groups = zip(*batch, strict=True)
@@ -100,14 +118,14 @@ class Muon(torch.optim.Optimizer):
     def _momentum(
         self, params: list[nn.Parameter], momentum: float, skip: torch.Tensor | None
     ) -> tuple[torch.Tensor, ...]:
-        """Blend the gradients into the momenta. Returns Nesterov's look-ahead, in the shapes of the parameters."""
+        """Blend the gradients into the momenta. Returns Nesterov's look-ahead, in the shapes of the own shards."""
         for p in params:
             if not self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
         if not params:
             return ()
-        gradients = gradients_of(params)
-        momenta = [self.state[p]["momentum"] for p in params]
+        gradients = [shard_of(gradient) for gradient in gradients_of(params)]
+        momenta = [shard_of(self.state[p]["momentum"]) for p in params]
         if skip is None:
             torch._foreach_lerp_(momenta, gradients, 1 - momentum)
         else:  # a skipped step multiplies the gradients by 0, but nan * 0 is nan: so replace nan first
@@ -127,8 +145,15 @@ class Muon(torch.optim.Optimizer):
         for p, step, group in zip(params, steps, groups, strict=True):
             rate = group["lr"] * group["rate"]
             rows, columns = p.shape[0] // group["parts"], p.shape[1]
-            p.mul_(1 - rate * group["weight_decay"] * keep)
-            as_matrices(p, group["parts"]).sub_(step, alpha=rate * math.sqrt(max(1, rows / columns)))
+            shard_of(p).mul_(1 - rate * group["weight_decay"] * keep)
+            scale = rate * math.sqrt(max(1, rows / columns))
+            if isinstance(p, DTensor):
+                whole = torch.empty(p.shape, dtype=step.dtype, device=step.device)
+                as_matrices(whole, group["parts"]).copy_(step)
+                mine = distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)  # sends nothing
+                shard_of(p).sub_(shard_of(mine), alpha=scale)
+            else:
+                as_matrices(p, group["parts"]).sub_(step, alpha=scale)
 
     def _step_adamw(self, params: list[torch.Tensor], group: dict, skip: torch.Tensor | None) -> None:
         for p in params:

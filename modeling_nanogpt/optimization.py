@@ -58,12 +58,6 @@ class Schedule:
         return self.min_lr + remaining * (self.learning_rate - self.min_lr)
 
 
-def check_optimizer(name: str, sharded: bool) -> None:
-    """Raise ValueError if an optimizer cannot train weights that are sharded, as FSDP shards them."""
-    if name == "muon" and sharded:
-        raise ValueError("optimizer=muon needs whole matrices, but FSDP shards them: use --optimizer=adamw")
-
-
 def make_optimizer(
     name: str,
     model: NanoGPTForCausalLM,

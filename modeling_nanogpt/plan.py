@@ -18,6 +18,13 @@ CHOICES = {
     "attn_implementation": ("sdpa", "eager", "flex_attention"),
 }
 GPT2_TOKENS = 50257
+# n_layer, n_head and n_embd of OpenAI's models, so that nothing has to be fetched to size them
+GPT2_SHAPES = {
+    "gpt2": (12, 12, 768),
+    "gpt2-medium": (24, 16, 1024),
+    "gpt2-large": (36, 20, 1280),
+    "gpt2-xl": (48, 25, 1600),
+}
 TEXT_CHARACTERS = 128  # a guess: tiny Shakespeare has 65, and other English texts have about a hundred
 
 

@@ -21,7 +21,7 @@ from .command_line import CommandParser
 MODEL = "name the model without a flag"
 NOT_NEEDED = "it is not needed, because the command uses a GPU if the machine has one"
 NANOGPT_FLAGS = {"--start": "use --prompt", "--out_dir": MODEL, "--init_from": MODEL}
-NANOGPT_FLAGS |= dict.fromkeys(["--device", "--dtype", "--compile"], NOT_NEEDED)
+NANOGPT_FLAGS |= dict.fromkeys(["--device", "--dtype"], NOT_NEEDED)
 
 parser = CommandParser(
     "modeling_nanogpt.sample", usage="MODEL [--flag VALUE ...]", description=__doc__, instead=NANOGPT_FLAGS
@@ -35,6 +35,7 @@ parser.add_number("--temperature", 0.8, "randomness of the choice; 0 always take
 parser.add_number("--top_k", 200, "number of likeliest tokens to choose from; 0 means all tokens")
 parser.add_number("--stride", 0, "tokens that are dropped at once from a full context; 0 means half of it")
 parser.add_number("--seed", 1337, "seed of the random choices", below=2**32)
+parser.add_argument("--compile", action="store_true", help="compile a step: takes a while first, pays for long texts")
 parser.add_argument("--stream", action="store_true", help="print each sample as it comes, one after the other")
 
 
@@ -70,6 +71,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
 from transformers.utils import logging
 
+from .arithmetic import choose_precision
 from .decoding import continue_prompt, opening
 from .sources import first_line, load_model
 
@@ -123,6 +125,8 @@ def main(arguments: argparse.Namespace) -> None:
     device = torch.accelerator.current_accelerator(check_available=True)
     if device is not None:
         model.to(device)  # type: ignore[arg-type]  # transformers wraps `to` in a way that mypy cannot follow
+    if choose_precision("auto", model.config, model.device).value == "bf16":
+        model.to(torch.bfloat16)  # type: ignore[arg-type]  # likewise
     set_seed(arguments.seed)
     rows = 1 if arguments.stream else arguments.num_samples
     started, count = time.perf_counter(), 0
@@ -135,6 +139,7 @@ def main(arguments: argparse.Namespace) -> None:
                 temperature=arguments.temperature,
                 top_k=arguments.top_k,
                 stride=arguments.stride,
+                compiled=arguments.compile,
             )
             count += rows * (
                 stream(tokenizer, prompt, tokens) if arguments.stream else show(tokenizer, prompt, tokens)

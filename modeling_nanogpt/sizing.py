@@ -22,7 +22,7 @@ from command_start import begin_command
 
 from .command_line import CommandParser
 from .gpus import PEAK_FLOPS, peak_of
-from .plan import KINDS, Plan, find_recipe, read_recipe, read_value, vocabulary_of
+from .plan import GPT2_SHAPES, GPT2_TOKENS, KINDS, Plan, find_recipe, read_recipe, read_value, vocabulary_of
 
 HELP = {
     "tokenizer": "tokenizer of a new model",
@@ -126,14 +126,24 @@ def find_config(subject: str, revision: str | None, plan: Plan) -> tuple[NanoGPT
     """The shape of the model, its tokens without padding, and how they are known. ValueError if there is no model."""
     if not is_recipe(subject):
         block_size = {"block_size": plan.block_size} if plan.block_size else {}
-        config = choose_config(block_size, open_source(subject, revision))
+        config = config_of_model(subject, revision, block_size)
         return config, config.vocab_size, "as the model has it"
     if plan.init_from not in ("scratch", "resume"):
-        config = choose_config(plan.shape, open_source(plan.init_from, plan.revision))
+        config = config_of_model(plan.init_from, plan.revision, plan.shape)
         return config, config.vocab_size, f"as {plan.init_from} has it"
     tokens, known = vocabulary_of(plan, Path(subject).stem)
     rows = -(-tokens // 64) * 64  # as the trainer rounds it up, because a multiple of 64 is faster
     return choose_config(plan.shape | {"vocab_size": rows}, None), tokens, known
+
+
+def config_of_model(name: str, revision: str | None, changes: dict) -> NanoGPTConfig:
+    """The shape of a trained model, with another dropout or a smaller block_size. ValueError if there is no model."""
+    shape = GPT2_SHAPES.get(name.removeprefix("openai-community/"))
+    if shape is None or Path(name).exists():
+        return choose_config(changes, open_source(name, revision))
+    layers, heads, width = shape
+    theirs = {"n_layer": layers, "n_head": heads, "n_embd": width, "vocab_size": GPT2_TOKENS, "bias": True}
+    return NanoGPTConfig(**changes | theirs)
 
 
 def measure(config: NanoGPTConfig, plan: Plan, *, memory: float, peak: float, gpus: int, mfu: float, flops: float):

@@ -81,6 +81,26 @@ def test_the_first_line_of_the_log_says_what_was_chosen(tmp_path, capsys):
     assert state["run"]["compile"] is False
 
 
+@pytest.mark.parametrize(
+    ("name", "device", "said"),
+    [
+        (
+            "flash",
+            "cuda",
+            ["attn_implementation=flash", "sdpa, eager, flex_attention", "kernels-community/flash-attn3"],
+        ),
+        ("flex_attention", "cpu", ["attn_implementation=flex_attention", "GPU", "sdpa"]),
+        ("kernels-community/flash-attn3", "cpu", ["attn_implementation=kernels-community/flash-attn3", "GPU"]),
+        ("kernels-community/flash-attn3", "cuda", ["needs the package kernels"]),
+    ],
+)
+def test_an_attention_function_that_does_not_run_here_is_refused(monkeypatch, name, device, said):
+    monkeypatch.setattr(arithmetic, "find_spec", lambda package: None)
+    with pytest.raises(ValueError) as mistake:
+        arithmetic.check_attention(name, torch.device(device))
+    assert all(words in str(mistake.value) for words in said)
+
+
 @pytest.mark.skipif(sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc")
 def test_memory_that_a_step_frees_serves_the_next_step():
     code = """

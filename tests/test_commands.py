@@ -14,6 +14,7 @@ MODULES = {
     "convert": "modeling_nanogpt.convert",
     "sizing": "modeling_nanogpt.sizing",
     "compare": "modeling_nanogpt.compare",
+    "demo": "modeling_nanogpt.demo",
     "evaluate": "modeling_nanogpt.evaluate",
     "prepare": "tokenization.prepare",
 }

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 import train_accelerate
 from modeling_nanogpt import NanoGPTForCausalLM
 from modeling_nanogpt.training.checkpointing import list_checkpoints, newest_complete, read_checkpoint
+from modeling_nanogpt.training.hooks import Hooks
 from support import ROOT
 from support.runs import recipe_of
 from support.tiny_run import train
@@ -116,6 +118,26 @@ def test_auto_batch_size_finds_one_that_fits_and_keeps_the_step(folder, tmp_path
     assert tokens == 512 * 512 and micro_batches * batch_size == 512 and 1 <= batch_size < 512
     by_hand = flags | {"batch_size": 1, "gradient_accumulation_steps": 512}
     assert run.losses == pytest.approx(train(folder, out_dir=tmp_path / "hand", **by_hand).losses, abs=1e-2)
+
+
+class CountSynchronizations(Hooks):
+    """Let CUDA warn if the host waits for the device between steps 5 and 15."""
+
+    def before_step(self, step):
+        if step in (5, 15):
+            torch.cuda.set_sync_debug_mode("warn" if step == 5 else "default")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_never_waits_for_the_device(folder, tmp_path, optimizer):
+    flags = {"max_iters": 20, "log_interval": 100, "eval_interval": 100, "dtype": "bfloat16", "optimizer": optimizer}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            train(folder, CountSynchronizations(), out_dir=tmp_path / "out", **flags)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert [str(each.message) for each in caught if "synchronizing" in str(each.message)] == []
 
 
 def test_out_of_memory_is_one_line(folder, tmp_path, two_gigabytes):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from modeling_nanogpt import NanoGPTConfig, NanoGPTForCausalLM
-from modeling_nanogpt.optimization import Schedule, check_optimizer, decay_groups, make_optimizer
+from modeling_nanogpt.optimization import Schedule, decay_groups, make_optimizer
 
 SCHEDULE = {"learning_rate": 1e-3, "min_lr": 1e-4, "warmup_iters": 100, "lr_decay_iters": 2000}
 
@@ -108,10 +108,3 @@ def test_fused_adamw_takes_the_step_of_the_plain_one():
             optimizer.zero_grad()
     for parameter, expected in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(parameter, expected, atol=1e-6, rtol=1e-5)
-
-
-def test_muon_refuses_weights_that_are_sharded():
-    with pytest.raises(ValueError, match="optimizer=muon .* FSDP .* --optimizer=adamw"):
-        check_optimizer("muon", sharded=True)
-    check_optimizer("muon", sharded=False)
-    check_optimizer("adamw", sharded=True)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-from modeling_nanogpt import NanoGPTForCausalLM
+from modeling_nanogpt import NanoGPTForCausalLM, muon
 from modeling_nanogpt.training import saving
 from modeling_nanogpt.training.checkpointing import list_checkpoints, newest_complete
 from support import PATIENCE, ROOT
@@ -289,9 +290,9 @@ def note_plan(path: str) -> None:
     saving.gather_tensors = noted
 
 
-def run_sharded(folder, out_dir, *flags, before=()):
+def run_sharded(folder, out_dir, *flags, before=(), processes=2):
     hooks = ((take_cpus_for_gpus,), *before)
-    return run_together(folder, out_dir, 2, *flags, before=lambda rank: hooks, environment=SHARDED)
+    return run_together(folder, out_dir, processes, *flags, before=lambda rank: hooks, environment=SHARDED)
 
 
 @pytest.fixture(scope="module")
@@ -336,6 +337,32 @@ def test_fsdp2_and_one_process_take_turns(folder, alone, tmp_path):
     run_sharded(folder, out_dir, "--max_iters=15")
     run_together(folder, out_dir, 1, "--init_from=resume", "--max_iters=30")
     assert_close(run_sharded(folder, out_dir, "--init_from=resume"), alone, tolerance=1e-4)
+
+
+def orthogonalise_in_float32() -> None:
+    """bfloat16 rounds so much that the sums of several processes, in another order, would show."""
+    muon.arithmetic_dtype = lambda device: torch.float32
+
+
+def test_fsdp2_trains_with_muon_as_one_process_does(folder, tmp_path):
+    flags = ("--optimizer=muon", "--learning_rate=0.02", "--max_iters=20", "--save_interval=10")
+    flags += ("--lr_decay_iters=20", "--eval_interval=20", "--gradient_accumulation_steps=4")
+    exact = ((orthogonalise_in_float32,),)
+    one = run_together(folder, tmp_path / "one", 1, *flags, before=lambda rank: exact)
+    weights = {
+        count: run_sharded(folder, tmp_path / str(count), *flags, before=exact, processes=count) for count in (2, 4)
+    }
+    for run in weights.values():
+        assert_close(run, one, tolerance=1e-4)
+        ours, theirs = (load_file(each.out_dir / "model.safetensors") for each in (run, one))
+        assert max((ours[name] - theirs[name]).abs().max() for name in theirs) < 1e-5
+    # a checkpoint of two processes is read by one process, and by four
+    (tmp_path / "2" / "checkpoints" / "step-00000020" / "state.json").unlink()
+    shutil.copytree(tmp_path / "2", tmp_path / "again")
+    again = run_together(folder, tmp_path / "again", 1, *flags, "--init_from=resume", before=lambda rank: exact)
+    assert_close(again, one, tolerance=1e-4)
+    again = run_sharded(folder, tmp_path / "2", *flags, "--init_from=resume", before=exact, processes=4)
+    assert_close(again, one, tolerance=1e-4)
 
 
 def spoil(steps: tuple, rank: int) -> None:

@@ -95,6 +95,22 @@ def test_a_full_context_loses_its_oldest_tokens(model, length, count, stride):
         assert torch.equal(greedy(model, prompts, count, stride=None), expected)
 
 
+@pytest.mark.parametrize(("length", "count"), LENGTHS)
+def test_a_compiled_step_has_a_cache_in_a_fixed_place(model, length, count, monkeypatch):
+    steps = []
+
+    def compile(step, **options):  # what torch.compile makes of a step is for a GPU to show: compiling takes too long
+        assert options == {"mode": "reduce-overhead", "dynamic": False}
+        steps.append(step)
+        return step
+
+    monkeypatch.setattr(torch, "compile", compile)
+    prompts = make_prompts(3, length)
+    expected = greedy(model, prompts, count, stride=None)
+    assert torch.equal(greedy(model, prompts, count, stride=None, compiled=True), expected)
+    assert len(steps) == 1
+
+
 def test_each_token_is_read_once_until_the_context_is_full_and_half_of_it_again_then(model):
     read = []
     hook = model.register_forward_hook(lambda module, given, made: read.append(given[0].shape[1]))

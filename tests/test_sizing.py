@@ -179,6 +179,14 @@ def test_a_plan_is_what_the_trainer_reads_in_the_same_recipe(lines, tmp_path):
     assert all(flags[key] is None for key in plan.keys() - ours.keys() - {"data_dir", "vocab_size"})
 
 
+@pytest.mark.parametrize(("name", "parameters"), [("gpt2", 124_439_808), ("openai-community/gpt2-xl", 1_557_611_200)])
+def test_openais_models_are_sized_without_a_network(name, parameters, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(f"init_from: {name}\ndropout: 0.1\n")
+    for subject in (name, tmp_path / "recipe.yaml"):
+        status, said = command(tmp_path, "modeling_nanogpt.sizing", subject, "--json", "--batch_size=1")
+        assert status == 0 and json.loads("\n".join(said))["parameters"] == parameters
+
+
 @pytest.mark.parametrize("recipe", sorted(path.name for path in (ROOT / "hub_configs").glob("*.yaml")))
 def test_every_recipe_can_be_read(recipe):
     assert read_recipe(ROOT / "hub_configs" / recipe, {"batch_size": "3"}).batch_size == 3

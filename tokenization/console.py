@@ -31,6 +31,10 @@ def compare() -> None:
     run("modeling_nanogpt.compare")
 
 
+def demo() -> None:
+    run("modeling_nanogpt.demo")
+
+
 def sizing() -> None:
     run("modeling_nanogpt.sizing")
 

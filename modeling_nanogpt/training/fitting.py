@@ -10,6 +10,8 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils.memory import should_reduce_batch_size
 from transformers import PreTrainedModel
 
+from ..sources import first_line
+
 
 def windows_in_step(flags, processes: PartialState) -> int:
     """The windows of an optimizer step, over all processes. Raises ValueError if they cannot share them equally.
@@ -29,6 +31,14 @@ def windows_in_step(flags, processes: PartialState) -> int:
             f"divisible by their number, {count}"
         )
     return windows
+
+
+def set_attention(model: PreTrainedModel, name: str) -> None:
+    """Let the model compute attention by this function. If a kernel cannot be loaded, one line says why."""
+    try:
+        model.set_attn_implementation(name)
+    except Exception as error:  # of the Hub, of the connection, of a kernel that does not suit the GPU
+        sys.exit(f"train_accelerate.py: error: attn_implementation={name} cannot be loaded ({first_line(error)})")
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
