@@ -20,6 +20,7 @@ from support import PATIENCE
 from support.models import make_model
 from support.needs import node_packages
 from support.texts import TEXT
+from support.tiny_run import with_random_weights
 from tokenization.vocabularies import train_bpe_tokenizer
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -30,19 +31,19 @@ needs_transformers_js = pytest.mark.skipif(
     reason="NODE_MODULES names no folder with the package @huggingface/transformers",
 )
 KINDS = ("char", "bpe")
-PROMPTS = ["to be", "or", "not to", "b"]  # of different lengths: as one batch, three of them are padded
+PROMPTS = ["to be", "or", "Ça 12", "not to"]  # of different lengths: as one batch, three of them are padded
 NEW = 9  # tokens to generate; with the longest prompt, they fill the context of the char model but for one
 
 
 @pytest.fixture(scope="module")
 def sources(run, tmp_path_factory):
-    """A folder for each kind of tokenizer: a finished run, and a model of random weights with biases."""
+    """A folder for each kind of tokenizer, with a model of random weights; one of them has biases."""
     folder, tokenizer = tmp_path_factory.mktemp("bpe"), train_bpe_tokenizer([TEXT], 400)
     model = make_model(vocab_size=len(tokenizer) + 7, intermediate_size=96, bias=True, activation_function="gelu_new")
     adopt_tokenizer(model, tokenizer)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return {"char": run.out_dir, "bpe": folder}
+    return {"char": with_random_weights(run, tmp_path_factory.mktemp("char") / "out"), "bpe": folder}
 
 
 @pytest.fixture(scope="module")

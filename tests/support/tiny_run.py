@@ -1,12 +1,16 @@
 """A recipe so small that a run takes seconds, and a function that does such a run in this process."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import torch
 from accelerate.state import AcceleratorState, GradientState
+from transformers import AutoTokenizer
 
 import train_accelerate
+from modeling_nanogpt.sources import load_model
 from modeling_nanogpt.training.hooks import NO_HOOKS, Hooks
 from support.texts import write_words
 
@@ -53,3 +57,18 @@ def train(folder: Path, hooks: Hooks = NO_HOOKS, **flags) -> SimpleNamespace:
         rates=[entry["lr"] for entry in history if "lr" in entry],
         val_losses=[entry["val_loss"] for entry in history if "val_loss" in entry],
     )
+
+
+@torch.no_grad()
+def with_random_weights(run: SimpleNamespace, folder: Path) -> Path:
+    """A copy of a run's folder with other weights. Its text does not repeat itself, so each mistake shows."""
+    shutil.copytree(run.out_dir, folder)
+    model, tokenizer = load_model(str(folder)), AutoTokenizer.from_pretrained(folder)
+    generator = torch.Generator().manual_seed(0)
+    for weight in model.parameters():
+        weight.normal_(std=0.3, generator=generator)
+    used = tokenizer((run.out_dir.parent / "corpus.txt").read_text()).input_ids
+    unused = torch.ones(model.config.vocab_size, dtype=torch.bool).index_fill(0, torch.tensor(used), False)
+    model.get_input_embeddings().weight[unused] = 0  # a token that is not text has the logit zero, and is never first
+    model.save_pretrained(folder)
+    return folder
