@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -123,6 +124,37 @@ def test_a_run_saves_where_only_files_that_may_be_written_can_be_flushed(folder,
     assert "could not be saved" not in log.read_text()
     assert newest_complete(out_dir).name == "step-00000004"
     AutoModelForCausalLM.from_pretrained(out_dir)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A disk that several people or machines share
+
+
+def serve_as_a_network_does():
+    """os.fsync refuses folders, and there are no hard links."""
+    real_fsync = os.fsync
+
+    def fsync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        real_fsync(descriptor)
+
+    def link(source, target, **options):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    os.fsync, os.link = fsync, link
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o002])
+def test_a_run_saves_on_a_network_file_system_what_the_umask_lets_others_read(folder, tmp_path, umask):
+    log, data_dir, out_dir = tmp_path / "log", tmp_path / "data", tmp_path / "out"
+    before = ((serve_as_a_network_does,), (os.umask, umask))
+    flags = (f"--out_dir={out_dir}", f"--data_dir={data_dir}")
+    assert finish(start(folder / "recipe.yaml", log, *flags, before=before)) == [0]
+    assert "could not be saved" not in log.read_text() and newest_complete(out_dir).name == "step-00000004"
+    for path in (*out_dir.rglob("*"), *data_dir.rglob("*")):
+        allowed = 0o777 if path.is_dir() else 0o666
+        assert oct(stat.S_IMODE(path.stat().st_mode)) == oct(allowed & ~umask), path
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 
@@ -39,6 +39,7 @@ def files_written_aside(folder: Path) -> Iterator[Path]:
     try:
         yield staging
         for path in sorted(staging.iterdir(), key=lambda path: path.suffix == ".safetensors"):
+            open_to_others(path)
             flush(path)
             os.replace(path, folder / path.name)
     finally:
@@ -61,18 +62,22 @@ def folder_written_aside(folder: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def open_to_others(path: Path) -> None:
+    """Give a file the permissions that the umask leaves to a new one: safetensors writes for the owner alone."""
+    umask = os.umask(0)  # the only way to read it is to set it
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
+
+
 def flush(path: Path) -> None:
     """Wait until a file, or the list of names in a folder, is on the disk. Only then may a rename make it count.
 
-    Windows flushes a file only if it may be written, and does not open a folder at all.
+    Windows flushes a file only if it may be written, and does not open a folder at all. Some file systems, such as
+    those of a network, do not flush a folder: they send each rename to the server by themselves.
     """
-    try:
+    with suppress(OSError) if path.is_dir() else nullcontext():
         descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    except PermissionError:
-        if path.is_dir():
-            return
-        raise
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
