@@ -1,4 +1,4 @@
-# make quickstart    set everything up, train the quickstart recipe (or go on with a stopped run), print three samples
+# make quickstart    set everything up, train the quickstart recipe (or go on with a stopped run), print samples that begin as code does
 # make test          set everything up, run the tests
 # make torture       set everything up, kill runs at random moments and resume them (minutes)
 # make conformance   set everything up, run transformers' own model tests on this model (downloads them once)
@@ -15,7 +15,8 @@ BIN := .venv/bin
 quickstart: .venv/installed
 	$(BIN)/python train_accelerate.py hub_configs/quickstart.yaml \
 		$(if $(wildcard out/quickstart/checkpoints/step-*),--init_from=resume)
-	$(BIN)/python -m modeling_nanogpt.sample out/quickstart --num_samples 3
+	$(BIN)/python -m modeling_nanogpt.sample out/quickstart --num_samples 1 --max_new_tokens 150 \
+		--prompt 'def ' --prompt 'class ' --prompt '"""'
 
 # Several processes share the tests, one for each core: a fifth would gain little, and each takes a gigabyte.
 test: .venv/installed

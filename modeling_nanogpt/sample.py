@@ -3,9 +3,9 @@
     python -m modeling_nanogpt.sample out/quickstart --prompt "def main(" --num_samples 3
     python -m modeling_nanogpt.sample user/my-gpt --prompt FILE:prompt.txt --temperature 0.8 --top_k 50 --seed 7
 
-All samples are generated as one batch. A sample ends with the end-of-text token, or after max_new_tokens. Past the
-context of the model, half of the context is dropped at once, which is fast; --stride 1 drops one token at a time, as
-nanoGPT does.
+All samples of a prompt are generated as one batch. A sample ends with the end-of-text token, or after max_new_tokens.
+Past the context of the model, half of the context is dropped at once, which is fast; --stride 1 drops one token at a
+time, as nanoGPT does.
 """
 # ruff: noqa: E402 -- the command reads its flags before it imports torch and transformers, which takes seconds
 
@@ -28,8 +28,13 @@ parser = CommandParser(
 )
 parser.add_path("model", metavar="MODEL", help="folder or Hub id of the model")
 parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a Hub id (default: main)")
-parser.add_argument("--prompt", metavar="TEXT", help="text to continue, or FILE:path (default: a newline)")
-parser.add_number("--num_samples", 3, "number of samples", at_least=1)
+parser.add_argument(
+    "--prompt",
+    metavar="TEXT",
+    action="append",
+    help="text to continue, or FILE:path; several flags give several prompts (default: a newline)",
+)
+parser.add_number("--num_samples", 3, "number of samples of each prompt", at_least=1)
 parser.add_number("--max_new_tokens", 500, "longest continuation, in tokens", at_least=1)
 parser.add_number("--temperature", 0.8, "randomness of the choice; 0 always takes the likeliest token")
 parser.add_number("--top_k", 200, "number of likeliest tokens to choose from; 0 means all tokens")
@@ -40,14 +45,15 @@ parser.add_argument("--stream", action="store_true", help="print each sample as 
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line, with the text of a prompt that is given as a file."""
+    """The command line, with the texts of prompts that are given as files."""
     arguments = parser.parse(sys.argv[1:])
     if arguments.revision and Path(arguments.model).exists():
         parser.error(f"--revision={arguments.revision} is for a Hub id, but {arguments.model} is on this machine")
-    if (arguments.prompt or "").startswith("FILE:"):
-        arguments.prompt = read_prompt(Path(arguments.prompt.removeprefix("FILE:")).expanduser())
-    if arguments.prompt == "":
-        parser.error("--prompt is empty: a model needs at least one token to continue")
+    for i, prompt in enumerate(arguments.prompt or ()):
+        if prompt.startswith("FILE:"):
+            arguments.prompt[i] = read_prompt(Path(prompt.removeprefix("FILE:")).expanduser())
+        if not arguments.prompt[i]:
+            parser.error("--prompt is empty: a model needs at least one token to continue")
     return arguments
 
 
@@ -119,7 +125,7 @@ def main(arguments: argparse.Namespace) -> None:
     logging.disable_progress_bar()
     try:
         model, tokenizer = load(arguments.model, arguments.revision)
-        prompt = encode(tokenizer, arguments.prompt)  # (1, T)
+        prompts = [encode(tokenizer, prompt) for prompt in arguments.prompt or [None]]  # (1, T) each
     except ValueError as mistake:
         parser.error(str(mistake))
     device = torch.accelerator.current_accelerator(check_available=True)
@@ -131,7 +137,7 @@ def main(arguments: argparse.Namespace) -> None:
     rows = 1 if arguments.stream else arguments.num_samples
     started, count = time.perf_counter(), 0
     try:
-        for _ in range(arguments.num_samples // rows):
+        for prompt in (each for each in prompts for _ in range(arguments.num_samples // rows)):
             tokens = continue_prompt(
                 model,
                 prompt.expand(rows, -1).to(model.device),  # (B, T)

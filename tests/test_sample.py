@@ -318,6 +318,13 @@ def test_a_prompt_is_read_from_a_file_as_it_is(run, say, tmp_path):
     assert first == second and rest == ""  # the likeliest tokens
 
 
+def test_several_prompts_are_continued_one_after_the_other(run, say):
+    settings = ["--num_samples", 2, "--temperature", 0, "--max_new_tokens", 10]
+    prompts = ["to be", "or not to"]
+    apart = "".join(say(run.out_dir, "--prompt", prompt, *settings) for prompt in prompts)
+    assert say(run.out_dir, "--prompt", prompts[0], "--prompt", prompts[1], *settings) == apart
+
+
 def test_a_text_without_a_prompt_begins_with_a_newline_or_with_the_end_of_text(run):
     tokenizer = AutoTokenizer.from_pretrained(run.out_dir)
     assert tokenizer.decode(sample.encode(tokenizer, None)[0]) == "\n"
