@@ -1,9 +1,9 @@
 """How a model continues prompts: one pass over the prompt, then one short step for each token.
 
 A cache keeps the keys and values of earlier tokens, so a step costs about the same at every position. Positions are
-learned and absolute, so the cache holds only as long as no token moves. Once the context is full, the oldest `stride`
-tokens are dropped, and one pass over those that stay fills a new cache. With stride 1 that happens for each token: so
-does nanoGPT, and each token is drawn from as many tokens as the model can see.
+learned and absolute, so the cache is only valid while no token moves. Once the context is full, the oldest `stride`
+tokens are dropped, and one pass over those that stay fills a new cache. With stride 1 this happens for each token, as
+in nanoGPT, and each token is predicted from as many tokens as the model can see.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from .modeling_nanogpt import CACHE
 
-ENDED_EVERY = 32  # steps after which a GPU is asked whether all rows have ended: asking waits for the device
+ENDED_EVERY = 32  # steps between two looks at whether all rows have ended: each look waits for the GPU
 
 
 @torch.no_grad()
@@ -31,14 +31,14 @@ def continue_prompt(
 ) -> Iterator[torch.Tensor]:
     """Continue prompts (B, T) int64: yields the next token of each row, (B,) int64, at most max_new_tokens times.
 
-    Temperature 0 takes the likeliest token; top_k 0 draws from all tokens. `stride` (tokens) is how many of a full
-    context are dropped at once, by default half of it. A row that has ended goes on with its end-of-text id, and after
-    the last row has ended, no more comes. Draws come from `generator`, or from torch's own. The model's
+    Temperature 0 takes the likeliest token; top_k 0 draws from all tokens. `stride` is the number of tokens of a full
+    context that are dropped at once, by default half of the context. A row that has ended goes on with the end-of-text
+    id, and the last row that ends also ends the whole. Draws come from `generator`, or from torch's own. The model's
     generation configuration says which tokens end a text (eos_token_id), and which are never drawn (suppress_tokens).
 
-    A step of one token is short for a GPU, which mostly waits for its launch. If it is `compiled`, which takes some
-    time at the start, it becomes one CUDA graph, or on a CPU one compiled function. For that, the cache has a fixed
-    size and a fixed place.
+    In a step of one token, a GPU mostly waits for its kernels to be launched. If `compiled`, the step becomes one CUDA
+    graph, or on a CPU one compiled function; compiling takes some time at the start. A graph needs a cache of a fixed
+    size at a fixed address.
     """
     block_size = model.config.max_position_embeddings
     stride = stride or max(block_size // 2, 1)
@@ -96,6 +96,6 @@ def choose(logits: torch.Tensor, temperature: float, top_k: int, generator: torc
         return logits.argmax(dim=-1)
     logits = logits / temperature
     if 0 < top_k < logits.shape[-1]:
-        logits, tokens = logits.topk(top_k)  # (B, top_k) each: a draw from few is cheaper than one from all
+        logits, tokens = logits.topk(top_k)  # (B, top_k) each: a draw from few tokens is cheaper
         return tokens.gather(1, torch.multinomial(logits.softmax(dim=-1), 1, generator=generator))[:, 0]
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]

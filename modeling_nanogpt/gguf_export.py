@@ -3,9 +3,11 @@
 The file holds a GPT-2 with its tokenizer. llama.cpp has two kinds of tokenizer that can give the ids of ours:
 
     gpt2    a byte-level BPE that cuts text into GPT-2's words: GPT-2's own, and what `--tokenizer=bpe` makes
-    llama   SentencePiece's BPE: without merges, it is one token for each character, and bytes for other characters
+    llama   SentencePiece's BPE. Without merges, it gives one token for each character of the vocabulary, and the
+            tokens of the UTF-8 bytes for any other character
 
-llama.cpp always computes GPT-2's tanh form of GELU. docs/clients.md says how far its logits are from ours.
+llama.cpp always computes GPT-2's tanh form of GELU. docs/clients.md says how far its log-probabilities are from ours.
+The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 import json
@@ -24,7 +26,7 @@ FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}  # w
 NORMAL, CONTROL, USER_DEFINED, BYTE = 1, 3, 4, 6  # llama.cpp's types of tokens
 SPACE = "\u2581"  # the character that stands for a space in the tokens of SentencePiece
 BYTE_TOKENS = {f"<0x{byte:02X}>" for byte in range(256)}
-# A text that GPT-2 cuts into other words than its successors do: contractions, numbers, line ends, runs of spaces.
+# GPT-2 cuts this text into other words than its successors do: contractions, numbers, line ends, runs of spaces.
 PROBE = "We'll DON'T  go: 12345 times\n\n\tif x==-1:\r\n  r\u00e9sum\u00e9 \u4e2d\u6587 _a1  "
 
 
@@ -40,40 +42,49 @@ class Vocabulary:
 
 def read_vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
     """The vocabulary with which llama.cpp gives the ids of this tokenizer. Raises ValueError if there is none."""
-    spec, ids = json.loads(tokenizer.backend_tokenizer.to_str()), tokenizer.get_vocab()
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    ids = tokenizer.get_vocab()
     if spec["model"]["type"] == "WordLevel":
         raise ValueError(
-            "the tokenizer has no tokens for bytes (its model is a WordLevel), and llama.cpp dies of a character that "
-            "has no token: train with --tokenizer=char, which has both"
+            "the tokenizer has no tokens for bytes (its model is a WordLevel), and llama.cpp crashes at a character "
+            "that has no token: train with --tokenizer=char, which has tokens for bytes"
         )
     if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no end-of-text token, and llama.cpp would take another token for one")
+        raise ValueError(
+            "the tokenizer has no end-of-text token, and llama.cpp would end texts at another token: name a tokenizer "
+            "that has one by --tokenizer"
+        )
     if sorted(ids.values()) != list(range(len(tokenizer))):
-        raise ValueError("the tokenizer has no token for some ids, and llama.cpp needs one for each")
-    ends_added(tokenizer)
+        raise ValueError(
+            "the tokenizer has no token for some ids, and llama.cpp needs a token for each id: name another by "
+            "--tokenizer"
+        )
+    ends_added(tokenizer)  # raises ValueError if llama.cpp cannot add the same tokens
     if is_characters(spec):
         return character_vocabulary(spec, ids)
     if is_byte_level(spec, tokenizer):
         return byte_level_vocabulary(spec, ids)
     raise ValueError(
-        "llama.cpp would give other ids than this tokenizer: --to=gguf can write a character tokenizer (char), and a "
+        "llama.cpp would give other ids than this tokenizer: --to=gguf can write a character tokenizer (char), or a "
         "byte-level BPE that cuts text into GPT-2's words (bpe, gpt2)"
     )
 
 
 def is_characters(spec: dict) -> bool:
-    """Whether the tokens are characters, and all bytes for characters that have no token."""
+    """Whether each token is a character or a byte, and a character without a token becomes the tokens of its bytes."""
     model = spec["model"]
-    plain = spec["normalizer"] is None and spec["pre_tokenizer"] is None
-    fallback = model["type"] == "BPE" and model["byte_fallback"] and not model["merges"]
-    return plain and fallback and model["vocab"].keys() >= BYTE_TOKENS
+    takes_text_as_it_is = spec["normalizer"] is None and spec["pre_tokenizer"] is None
+    falls_back_to_bytes = model["type"] == "BPE" and model["byte_fallback"] and not model["merges"]
+    return takes_text_as_it_is and falls_back_to_bytes and model["vocab"].keys() >= BYTE_TOKENS
 
 
 def is_byte_level(spec: dict, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether this is a BPE on GPT-2's words. The words of a text show that, whichever way the pattern is spelled."""
+    """Whether this is a BPE on GPT-2's words. One pattern has many spellings, so the words of a text are compared."""
     model = spec["model"]
-    unlike = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
-    if model["type"] != "BPE" or spec["normalizer"] or spec["pre_tokenizer"] is None or any(map(model.get, unlike)):
+    if model["type"] != "BPE" or spec["normalizer"] or spec["pre_tokenizer"] is None:
+        return False
+    foreign_to_gpt2 = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
+    if any(map(model.get, foreign_to_gpt2)):
         return False
     words = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(PROBE)
     gpt2_words = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(PROBE)
@@ -84,11 +95,16 @@ def is_byte_level(spec: dict, tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def merges_make_all_tokens(spec: dict) -> bool:
-    """Whether the merges lead from the letters of each token to the token: then it does not matter to ignore them."""
-    added, vocabulary = types_of_added(spec), spec["model"]["vocab"]
+    """Whether the merges lead from the letters of each token to the token.
+
+    llama.cpp always merges. A tokenizer with ignore_merges takes a word that is a token as it is, without merges. If
+    all tokens can be merged, both give the same ids.
+    """
+    vocabulary = spec["model"]["vocab"]
+    added = types_of_added(spec)
     pairs = [(left, right) for left, right in (pair.split(" ") for pair in merges_of(spec))]
-    library = models.BPE(vocab=vocabulary, merges=pairs)
-    return all(len(library.tokenize(token)) == 1 for token in vocabulary if token not in added)
+    bpe = models.BPE(vocab=vocabulary, merges=pairs)
+    return all(len(bpe.tokenize(token)) == 1 for token in vocabulary if token not in added)
 
 
 def merges_of(spec: dict) -> list[str]:
@@ -97,23 +113,28 @@ def merges_of(spec: dict) -> list[str]:
 
 
 def byte_level_vocabulary(spec: dict, ids: dict[str, int]) -> Vocabulary:
+    """The tokens of a byte-level BPE, in the order of their ids."""
     tokens = sorted(ids, key=ids.__getitem__)
     added = types_of_added(spec)
     return Vocabulary("gpt2", tokens, [added.get(token, NORMAL) for token in tokens], merges_of(spec))
 
 
 def character_vocabulary(spec: dict, ids: dict[str, int]) -> Vocabulary:
-    """Raises ValueError for a character that llama.cpp cannot tell from another one."""
+    """The tokens of a character tokenizer, in the order of their ids, as SentencePiece writes them.
+
+    Raises ValueError if llama.cpp cannot tell a character from another one.
+    """
     for character, reason in ((SPACE, "takes for a space"), ("\0", "takes for the end of a token")):
         if character in ids:
             raise ValueError(
                 f"the tokenizer has the character U+{ord(character):04X}, which llama.cpp {reason}: prepare the data "
                 "again without this character"
             )
-    added, tokens, types = types_of_added(spec), [], []
+    added = types_of_added(spec)
+    tokens, types = [], []
     for token in sorted(ids, key=ids.__getitem__):
         kind = BYTE if token in BYTE_TOKENS else added.get(token, NORMAL)
-        if token == "<0x20>" and " " not in ids:  # llama.cpp looks for a space under its SentencePiece name alone
+        if token == "<0x20>" and " " not in ids:  # llama.cpp looks for a space only under its SentencePiece name
             token, kind = " ", NORMAL
         tokens.append(token.replace(" ", SPACE) if kind == NORMAL else token)
         types.append(kind)
@@ -121,12 +142,15 @@ def character_vocabulary(spec: dict, ids: dict[str, int]) -> Vocabulary:
 
 
 def types_of_added(spec: dict) -> dict[str, int]:
-    """The types of the tokens that were added to a vocabulary. llama.cpp shows no text for a control token."""
+    """llama.cpp's types of the tokens that were added to a vocabulary. llama.cpp does not print a control token."""
     return {token["content"]: CONTROL if token["special"] else USER_DEFINED for token in spec["added_tokens"]}
 
 
 def ends_added(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
-    """Whether the tokenizer puts a token before a text, and behind it. Raises ValueError if it adds any others."""
+    """Whether the tokenizer puts its token for the beginning before a text, and its end-of-text token behind it.
+
+    Raises ValueError if the tokenizer adds other tokens.
+    """
     plain, full = (tokenizer("a", add_special_tokens=add).input_ids for add in (False, True))
     begin, end = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
     for before in (False, True):
@@ -134,20 +158,24 @@ def ends_added(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
             if full == begin * before + plain + end * behind:
                 return before, behind
     added = " ".join(tokenizer.convert_ids_to_tokens(full))
-    raise ValueError(f"the tokenizer makes {added} of the text a, and llama.cpp only adds one token at each end")
+    raise ValueError(
+        f"the tokenizer encodes the text a as {added}, but llama.cpp only adds one token at each end: name another "
+        "tokenizer by --tokenizer"
+    )
 
 
 def write_gguf(
     path: Path, name: str, config: NanoGPTConfig, weights: StateDict, tokenizer: PreTrainedTokenizerBase, dtype: str
 ) -> None:
-    """Write a model and its tokenizer into one file. What pads our vocabulary is cut off, as in a stock GPT-2.
+    """Write a model and its tokenizer into one file, without the rows that pad our vocabulary.
 
-    `dtype` is a key of FILE_TYPES, and is for the matrices. llama.cpp expects vectors and positions in float32. q8_0
-    has one scale for 32 numbers of a row: if the rows of a matrix have another length, the matrix is stored as f16.
+    `dtype` is a key of FILE_TYPES: the number format of the matrices. llama.cpp expects vectors and positions in
+    float32. q8_0 has one scale for each 32 numbers of a row. If the length of the rows is not a multiple of 32, the
+    matrix is stored as f16.
     """
     import gguf  # of the extra `clients`
 
-    f32, f16, q8_0, chosen = (gguf.GGMLQuantizationType[each.upper()] for each in ("f32", "f16", "q8_0", dtype))
+    formats = gguf.GGMLQuantizationType
     writer = gguf.GGUFWriter(path, arch="gpt2")
     writer.add_name(name)
     writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[dtype]])
@@ -167,9 +195,11 @@ def write_gguf(
     names: Any = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, config.n_layer)
     for ours, tensor in weights.items():
         theirs = names.get_name(ours, try_suffixes=(".weight", ".bias"))
-        stored = f32 if tensor.ndim == 1 or theirs == "position_embd.weight" else chosen
-        if stored == q8_0 and tensor.shape[-1] % 32:
-            stored = f16
+        stored = formats[dtype.upper()]
+        if tensor.ndim == 1 or theirs == "position_embd.weight":
+            stored = formats.F32
+        elif stored == formats.Q8_0 and tensor.shape[-1] % 32:
+            stored = formats.F16
         data = gguf.quantize(tensor.to(torch.float32).numpy(), stored)
         writer.add_tensor(theirs, data, raw_dtype=stored)
     writer.write_header_to_file()
@@ -179,7 +209,7 @@ def write_gguf(
 
 
 def add_tokenizer(writer, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Describe the tokenizer. What is not said, llama.cpp chooses: it would take some token for the end of a text."""
+    """Describe the tokenizer. The file names all special tokens: llama.cpp chooses those that a file leaves out."""
     vocabulary = read_vocabulary(tokenizer)
     writer.add_tokenizer_model(vocabulary.kind)
     writer.add_tokenizer_pre("gpt-2" if vocabulary.kind == "gpt2" else "default")
@@ -191,13 +221,13 @@ def add_tokenizer(writer, tokenizer: PreTrainedTokenizerBase) -> None:
         writer.add_token_scores([0.0] * len(vocabulary.tokens))
         writer.add_add_space_prefix(False)
     end = tokenizer.eos_token_id
-    for add, own in (
+    for write, token in (
         (writer.add_bos_token_id, tokenizer.bos_token_id),
         (writer.add_eos_token_id, end),
         (writer.add_pad_token_id, tokenizer.pad_token_id),
         (writer.add_unk_token_id, tokenizer.unk_token_id),
     ):
-        add(end if own is None else own)
+        write(end if token is None else token)
     before, behind = ends_added(tokenizer)
     writer.add_add_bos_token(before)
     writer.add_add_eos_token(behind)

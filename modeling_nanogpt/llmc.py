@@ -1,6 +1,6 @@
-"""llm.c's model.bin: a header of 256 int32, then the weights of a GPT-2, each kind for all layers in one piece.
+"""llm.c's model.bin: a header of 256 int32, then the weights of a GPT-2, those of all layers stacked in one tensor.
 
-The format is that of train_gpt2.py and train_gpt2.cu in github.com/karpathy/llm.c. All numbers are little-endian.
+train_gpt2.py and train_gpt2.cu in github.com/karpathy/llm.c write the format. All numbers are little-endian.
 """
 
 import math
@@ -13,8 +13,8 @@ from .configuration_nanogpt import NanoGPTConfig
 from .conversion import StateDict
 
 MAGIC = 20240326  # the first number of the header
-DTYPES = {3: torch.float32, 5: torch.bfloat16}  # by the second, the version
-HEADER = 1024  # bytes
+DTYPES = {3: torch.float32, 5: torch.bfloat16}  # version (the second number) -> dtype of the weights
+HEADER = 1024  # length of the header in bytes
 
 
 def is_llmc(path: Path) -> bool:
@@ -24,16 +24,16 @@ def is_llmc(path: Path) -> bool:
 
 
 def read_header(path: Path) -> tuple[NanoGPTConfig, torch.dtype, int]:
-    """The configuration, the dtype, and the rows of the token embedding. Some rows may lie beyond the vocabulary.
+    """The configuration, the dtype, and the number of rows of the token embedding, which may be padded.
 
-    Raises ValueError if the version is unknown, or if the file is not as long as its header asks for.
+    Raises ValueError if the version is unknown, or if the length of the file does not fit its header.
     """
     numbers = np.fromfile(path, dtype="<i4", count=HEADER // 4)
     if len(numbers) < HEADER // 4:
-        raise ValueError("its header is cut off: fetch or copy the file again")
+        raise ValueError("the file ends within its header: fetch or copy the file again")
     version, positions, vocabulary, layers, heads, width, rows = (int(number) for number in numbers[1:8])
     if version not in DTYPES:
-        raise ValueError(f"it is a model of llm.c in version {version}, but only versions 3 and 5 can be read")
+        raise ValueError(f"its version of llm.c's format is {version}, but only versions 3 and 5 can be read")
     config = NanoGPTConfig(
         vocab_size=vocabulary,
         block_size=positions,
@@ -46,18 +46,20 @@ def read_header(path: Path) -> tuple[NanoGPTConfig, torch.dtype, int]:
     count = sum(math.prod(shape) for shape in shapes_of(config, rows).values())
     expected, size = HEADER + count * DTYPES[version].itemsize, path.stat().st_size
     if size != expected:
-        raise ValueError(f"it has {size:,} bytes, but its header asks for {expected:,}: fetch or copy the file again")
+        raise ValueError(f"it has {size:,} bytes, but its header needs {expected:,}: fetch or copy the file again")
     return config, DTYPES[version], rows
 
 
 def read_weights(path: Path) -> StateDict:
-    """The weights under our names, in their own dtype. They are mapped from the disk."""
+    """The weights under our names, in their own dtype. They are mapped from the disk, and read when they are used."""
     config, dtype, rows = read_header(path)
+    numbers = torch.from_file(str(path), dtype=dtype, size=path.stat().st_size // dtype.itemsize)
     start = HEADER // dtype.itemsize
-    numbers = torch.from_file(str(path), dtype=dtype, size=path.stat().st_size // dtype.itemsize)[start:]
     weights: StateDict = {}
     for name, shape in shapes_of(config, rows).items():
-        tensor, numbers = numbers[: math.prod(shape)].view(shape), numbers[math.prod(shape) :]
+        end = start + math.prod(shape)
+        tensor = numbers[start:end].view(shape)
+        start = end
         if name.startswith("h."):
             kind = name.removeprefix("h.")
             weights |= {f"transformer.h.{layer}.{kind}": tensor[layer] for layer in range(config.n_layer)}
@@ -68,7 +70,10 @@ def read_weights(path: Path) -> StateDict:
 
 
 def shapes_of(config: NanoGPTConfig, rows: int) -> dict[str, tuple[int, ...]]:
-    """The pieces of a file in their order. A piece named h.* has the weights of all layers, one after the other."""
+    """The names and shapes of the tensors in a file, in their order. A tensor h.* stacks the weights of all layers.
+
+    `rows` is the number of rows of the token embedding.
+    """
     layers, width = config.n_layer, config.n_embd
     return {
         "wte.weight": (rows, width),

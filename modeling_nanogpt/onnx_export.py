@@ -21,20 +21,19 @@ from transformers.cache_utils import DynamicCache
 from .configuration_nanogpt import NanoGPTConfig
 from .modeling_nanogpt import CACHE, NanoGPTForCausalLM
 
-# transformers.js looks for these names
-FILES = {"fp32": "model.onnx", "fp16": "model_fp16.onnx", "q8": "model_quantized.onnx"}
-LARGEST = 2**31  # bytes: an ONNX file is a protocol buffer, which holds no more
+FILES = {"fp32": "model.onnx", "fp16": "model_fp16.onnx", "q8": "model_quantized.onnx"}  # names in transformers.js
+LARGEST = 2**31  # bytes: an ONNX file is a protocol buffer, which cannot hold more
 
 
 class CachedGPT2(nn.Module):
-    """A GPT-2 that takes and returns its cache as plain tensors, because ONNX has nothing else."""
+    """A GPT-2 that takes and returns its cache as plain tensors, because ONNX knows only tensors."""
 
     def __init__(self, model: GPT2LMHeadModel):
         super().__init__()
         self.model = model
 
     def forward(self, input_ids, attention_mask, position_ids, *past):
-        """`past` is key, value, key, value, … of the layers; returns the logits, then the longer cache likewise."""
+        """Returns the logits, then the longer cache. `past` and this cache are key, value, key, value, … by layer."""
         cache = DynamicCache()
         for layer, (key, value) in enumerate(zip(past[::2], past[1::2], strict=True)):
             cache.update(key, value, layer)
@@ -49,9 +48,9 @@ class CachedGPT2(nn.Module):
 
 
 def additive_mask(attention_mask: torch.Tensor, length: int) -> torch.Tensor:
-    """What is added to the scores of the last `length` tokens: (B, 1, T, S) float32, 0 or a very negative number.
+    """What is added to the scores of the last `length` tokens: (B, 1, T, S) float32, 0 or the lowest float32.
 
-    transformers would make the same mask. Written out, its operations are few, and each has a counterpart in ONNX.
+    transformers would make the same mask. Here it takes few operations, and ONNX has a counterpart for each of them.
     """
     positions = torch.arange(attention_mask.shape[1])  # (S,)
     causal = positions <= positions[-length:, None]  # (T, S)
@@ -78,8 +77,8 @@ def check_size(config: NanoGPTConfig) -> None:
 def write_onnx(folder: Path, model: GPT2LMHeadModel, dtype: str) -> None:
     """Write an ONNX file into the folder, under the name that transformers.js has for the dtype.
 
-    `model` is in float32. `dtype` is fp32; fp16, which halves the file; or q8, which stores matrices in 8 bits and
-    multiplies in them. Activations of q8, and the logits of all three, are float32.
+    `model` is in float32. `dtype` is fp32; fp16, which halves the file; or q8, which stores and multiplies matrices in
+    8 bits. In a q8 file the activations are float32. The logits are float32 in all three.
     """
     path = folder / FILES[dtype]
     model.eval().set_attn_implementation("eager")
@@ -94,16 +93,16 @@ def write_onnx(folder: Path, model: GPT2LMHeadModel, dtype: str) -> None:
 def export(model: GPT2LMHeadModel, path: Path) -> None:
     """Write the model in float32. Every axis that may differ from call to call has a name."""
     config = model.config
-    batch, past, length = 2, 3, 4  # of the example: three numbers, each above one, so that no axis looks fixed
+    batch, past, length = 2, 3, 4  # of the example: the exporter would take an axis of length 1 for fixed
     tensors = [f"{layer}.{kind}" for layer in range(config.n_layer) for kind in ("key", "value")]
     cache = (batch, config.n_head, past, config.n_embd // config.n_head)
     example = (
         torch.zeros(batch, length, dtype=torch.int64),
         torch.ones(batch, past + length, dtype=torch.int64),
         torch.arange(past, past + length).repeat(batch, 1),
-        *[torch.zeros(cache) for _ in tensors],  # each its own: the exporter takes one tensor twice for one input
+        *[torch.zeros(cache) for _ in tensors],  # the exporter would merge inputs that are one tensor
     )
-    # transformers.js makes an empty cache by these names: it knows the size of batch_size, and takes others as zero
+    # transformers.js makes an empty cache by these names: it knows the batch_size, and other named axes get length 0
     tokens = {0: "batch_size", 1: "sequence_length"}
     cached = {0: "batch_size", 2: "past_sequence_length"}
     torch.onnx.export(
@@ -120,7 +119,7 @@ def export(model: GPT2LMHeadModel, path: Path) -> None:
 
 
 def halve(path: Path) -> None:
-    """Turn the weights, the arithmetic and the cache of an ONNX file into float16."""
+    """Turn the weights, the arithmetic and the cache of an ONNX file into float16. The logits stay float32."""
     import onnx
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
@@ -133,16 +132,16 @@ def quantize(path: Path) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    # The head is the token embedding, transposed. Only what lies in the file as a matrix is quantized, so the first
-    # call transposes the embedding for good. The integers have no sign: the sum of two products of signed ones
-    # overflows on an x86 CPU without VNNI.
+    # The head is the token embedding, transposed when the model runs. onnxruntime only quantizes matrices that are
+    # stored as such, so the first call stores the transposed embedding. The integers are unsigned, because on an x86
+    # CPU without VNNI the sum of two products of signed ones overflows.
     quant_pre_process(path, path, skip_symbolic_shape=True)
     quantize_dynamic(path, path, per_channel=True, weight_type=QuantType.QUInt8)
 
 
 @contextmanager
 def quiet_exporter() -> Iterator[None]:
-    """Without the exporter's warnings, which are about its own parts and about packages that no model here needs."""
+    """Hide the exporter's warnings, which are about its own code and about packages that these models do not need."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,6 +1,6 @@
 """A page that runs a model in the browser: a folder of files, which any server of files and a static Space can serve.
 
-The page itself is in web/. Here the page gets its model, the facts beside it, and the library that runs the model.
+The folder web/ holds the page itself. This file adds the facts about the model, and the library that runs the model.
 """
 
 import json
@@ -29,11 +29,11 @@ TOLD_BY_CARDS = ("text", "tokens", "trained on", "hardware", "time")  # rows of 
 
 
 def check_library(node_modules: str | None, cdn: bool) -> None:
-    """Raise ValueError if it is not said where transformers.js comes from, or if a file of it is missing."""
+    """Raise ValueError if the flags do not say where transformers.js comes from, or if one of its files is missing."""
     if (node_modules is None) != cdn:
         raise ValueError(
             f"--to=web needs transformers.js: give either --node_modules=FOLDER, made by `{INSTALL}`, to copy it, or "
-            "--cdn to let the page load it from a server of others"
+            "--cdn to let the page load it from a CDN"
         )
     missing = [name for name in NEEDED if node_modules and not Path(node_modules, name).is_file()]
     if missing:
@@ -41,9 +41,9 @@ def check_library(node_modules: str | None, cdn: bool) -> None:
 
 
 def write_page(folder: Path, title: str, facts: dict[str, str], node_modules: str | None) -> None:
-    """Write the page into a folder that has the model in model/. Without `node_modules`, the page takes a CDN's copy.
+    """Write the page into a folder that has the model in model/. `facts` (name to value) stand beside the text.
 
-    `facts` stand beside the text, a name and a value a line.
+    transformers.js is copied from `node_modules`. If that is None, the page loads the library from a CDN.
     """
     library = CDN
     if node_modules is not None:

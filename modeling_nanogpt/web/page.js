@@ -1,4 +1,4 @@
-// Continues a prompt with the model in the folder model/. All of it happens in this browser, and no text leaves it.
+// Continues a prompt with the model in the folder model/. The model runs in this browser, and text does not leave it.
 
 import {AutoModelForCausalLM, AutoTokenizer, DynamicCache, Tensor, env} from "transformers.js";
 
@@ -10,16 +10,16 @@ let stopped = false;
 env.allowRemoteModels = false;
 env.allowLocalModels = true;
 env.localModelPath = "./";
-env.useBrowserCache = false; // this cache would keep a model that was replaced; the browser's own asks the server
+env.useBrowserCache = false; // it would keep a model that was replaced; the browser's own cache asks the server
 const library = import.meta.resolve("transformers.js");
 if (new URL(library).origin === location.origin) {
-  // the copied files; transformers.js would load these two from the network
+  // by default, transformers.js would load these two files from the network
   const runtime = new URL("ort-wasm-simd-threaded", library).href;
   env.backends.onnx.wasm.wasmPaths = {mjs: `${runtime}.mjs`, wasm: `${runtime}.wasm`};
 }
 
-// Yields the next token id at most `length` times. Once the context is full, the older half is dropped and the newer
-// half is read again: positions are absolute, so a cache only holds as long as no token moves.
+// Yields the next token id, at most `length` times. Once the context is full, the older half is dropped and the newer
+// half is read again: positions are absolute, so the cache is only valid while no token moves.
 async function* continuePrompt(model, ids, {length, temperature, topK}) {
   const contextSize = model.config.n_positions;
   const stride = Math.max(Math.floor(contextSize / 2), 1);
@@ -45,7 +45,7 @@ async function* continuePrompt(model, ids, {length, temperature, topK}) {
   }
 }
 
-// A row of numbers as the model takes it.
+// A row of T numbers as the model takes it, (1, T) int64.
 function integers(row) {
   return new Tensor("int64", BigInt64Array.from(row, BigInt), [1, row.length]);
 }
