@@ -56,6 +56,13 @@ class CommandParser(argparse.ArgumentParser):
                 self.error(f"{flag}={value}, but it must be below {below}")
         return values
 
+    def check_picture(self, flag: str, path: str) -> None:
+        """End the process if no picture can be written to the path that a flag gives."""
+        if os.path.splitext(path)[1] not in (".png", ".svg", ".pdf"):
+            self.error(f"{flag}={path}, but it must be a .png, .svg or .pdf")
+        if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
+            self.error(f"{flag}={path}: there is no such folder")
+
     def explain_unknown(self, word: str) -> str:
         """What to say about a word that is neither a flag nor an argument."""
         if not word.startswith("--"):

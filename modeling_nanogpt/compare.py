@@ -3,8 +3,8 @@
     python -m modeling_nanogpt.compare out/shakespeare_char_cpu out/shakespeare_char_cpu_fast --loss 1.9
     python -m modeling_nanogpt.compare out/* --plot runs.svg
 
-All numbers are from the files that a run leaves in its out_dir, so runs that are at work can be compared too. Seconds
-are those of training alone, without evaluation and saving.
+All numbers come from the files that a run writes into its out_dir, so runs that are at work can be compared too.
+Seconds count training, without evaluation and saving.
 """
 
 import argparse
@@ -31,13 +31,13 @@ parser.add_path(
     default="compare.png",
     help="picture to draw, a .png, .svg or .pdf (default: compare.png)",
 )
-parser.add_number("--loss", 0.0, "validation loss whose step and time are looked for; 0 means none")
+parser.add_number("--loss", 0.0, "validation loss (nats a token) to find the step and the time of; 0 means none")
 parser.add_argument("--json", action="store_true", help="print the table as JSON")
 
 
 @dataclass
 class Run:
-    """The log of a run. Points are (step, loss in nats a token)."""
+    """The log of a run. A point is (optimizer step, loss in nats a token)."""
 
     name: str
     step_tokens: int  # tokens in an optimizer step
@@ -69,29 +69,30 @@ class Run:
         return None
 
     def summary(self, loss: float) -> dict:
-        """What the table says of this run. `loss` is looked for, unless it is 0."""
+        """The row of this run in the table. Unless `loss` is 0, the row says when the run reached this loss."""
         best_step, best = min(self.validation, key=lambda point: point[1], default=(None, None))
         row = {
             "run": self.name,
             "steps": self.steps,
             "tokens": self.steps * self.step_tokens,
-            "seconds": finite(self.seconds(self.steps)),
+            "seconds": none_for_nan(self.seconds(self.steps)),
             "best val loss": best,
             "at step": best_step,
         }
         if loss:
             step = self.step_of(loss)
             row[f"steps to {loss:g}"] = step
-            row[f"seconds to {loss:g}"] = None if step is None else finite(self.seconds(step))
+            row[f"seconds to {loss:g}"] = None if step is None else none_for_nan(self.seconds(step))
         return row
 
 
-def finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def none_for_nan(value: float) -> float | None:
+    """The value, or None for NaN, which JSON does not have."""
+    return None if math.isnan(value) else value
 
 
 def read_run(folder: Path, name: str) -> Run:
-    """The log of the run in a folder. Raises ValueError if the folder holds none."""
+    """The log of the run in a folder. Raises ValueError if the folder does not hold the files of a run."""
     try:
         lines = (folder / "history.jsonl").read_text(encoding="utf-8").splitlines()
         recipe = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
@@ -114,20 +115,22 @@ def read_run(folder: Path, name: str) -> Run:
             last, seconds = run.clock[-1]
             run.clock.append((step, seconds + (step - last) * step_tokens / entry["tokens_per_second"]))
     if not run.training and not run.validation:
-        raise ValueError(f"{folder}: its history.jsonl holds no loss yet")
+        raise ValueError(f"{folder}: its history.jsonl holds no loss yet: compare it after its first evaluation")
     return run
 
 
 def names_of(folders: list[str]) -> list[str]:
-    """What each run is called: its folder's name, or its whole path if two folders have one name."""
-    short = [Path(folder).resolve().name for folder in folders]
-    return short if len(set(short)) == len(short) else [str(Path(folder)) for folder in folders]
+    """The name of each run: the name of its folder, or the whole path if two folders have the same name."""
+    names = [Path(folder).resolve().name for folder in folders]
+    if len(set(names)) == len(names):
+        return names
+    return [str(Path(folder)) for folder in folders]
 
 
 def draw(path: str, runs: list[Run], loss: float) -> None:
-    """Two panels: the losses over the tokens trained on, and over the seconds of training.
+    """Draw two panels: the losses over the tokens trained on, and over the seconds of training.
 
-    The scale fits the losses after the first tenth of each run, because otherwise they would look flat.
+    The scale fits the losses after the first tenth of each run: with the first losses, the others would look flat.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
@@ -161,7 +164,7 @@ def draw(path: str, runs: list[Run], loss: float) -> None:
 
 def show(rows: list[dict]) -> None:
     """Print rows as a table with a line for each run."""
-    cells = [[say(value) for value in row.values()] for row in rows]
+    cells = [[cell_text(value) for value in row.values()] for row in rows]
     table = [list(rows[0]), *cells]
     widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
     for line in table:
@@ -169,7 +172,8 @@ def show(rows: list[dict]) -> None:
         print("  ".join([first, *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]))
 
 
-def say(value) -> str:
+def cell_text(value) -> str:
+    """A value of the table as text. A loss has four digits after the point, seconds and steps have one."""
     if value is None:
         return "-"
     if isinstance(value, float):
@@ -179,10 +183,7 @@ def say(value) -> str:
 
 def main() -> None:
     arguments: argparse.Namespace = parser.parse(sys.argv[1:])
-    if Path(arguments.plot).suffix not in (".png", ".svg", ".pdf"):
-        parser.error(f"--plot={arguments.plot}, but it must be a .png, .svg or .pdf")
-    if not Path(arguments.plot).absolute().parent.is_dir():
-        parser.error(f"--plot={arguments.plot}: there is no such folder")
+    parser.check_picture("--plot", arguments.plot)
     try:
         names = names_of(arguments.out_dirs)
         runs = [read_run(Path(folder), name) for folder, name in zip(arguments.out_dirs, names, strict=True)]

@@ -4,7 +4,7 @@
     python -m modeling_nanogpt.demo out/quickstart --space out/space
 
 The page is at http://127.0.0.1:7860, and only this machine can open it; --host 0.0.0.0 also lets other machines in.
---space writes a folder instead, which is a Space as it is: `hf upload user/name out/space . --repo-type space`.
+--space writes a folder instead, and `hf upload user/name out/space . --repo-type space` makes the folder a Space.
 """
 # ruff: noqa: E402 -- the command reads its flags before it imports torch and transformers, which takes seconds
 
@@ -86,7 +86,7 @@ SPACE_NEEDS = "torch>=2.11\ntransformers>=5.17\nsafetensors>=0.8\n"
 def make_page(name: str, revision: str | None, title: str) -> Any:
     """The page of a model, as Gradio's Blocks, which `launch` starts. `name` is a folder or Hub id.
 
-    Raises ValueError if this is no model that can be used.
+    Raises ValueError if the model or its tokenizer cannot be used.
     """
     import gradio as gr
 
@@ -101,7 +101,8 @@ def make_page(name: str, revision: str | None, title: str) -> Any:
         except ValueError as mistake:
             raise gr.Error(str(mistake).removeprefix("--"), print_exception=False) from None
 
-    losses, card = find_file(name, "loss.png", revision), find_file(name, "README.md", revision)
+    losses = find_file(name, "loss.png", revision)
+    card = find_file(name, "README.md", revision)
     with gr.Blocks(title=title, analytics_enabled=False) as page:
         gr.Markdown(f"# {title}")
         with gr.Row():
@@ -134,7 +135,7 @@ def continue_text(
     top_k: int,
     length: int,
 ) -> Iterator[tuple[str, str]]:
-    """The growing text and what is said below it, some times a second.
+    """Yields the growing text and the line below it, up to 20 times a second.
 
     Raises ValueError if the tokenizer has no tokens for the prompt.
     """
@@ -160,16 +161,19 @@ def title_of(name: str) -> str:
 
 
 def body_of(card: str) -> str:
-    """A model card without what the Hub reads at its beginning, and without its picture, which stands beside it."""
+    """A model card without its metadata and without its picture, which the page shows beside the card."""
     card = re.sub(r"\A---\n.*?\n---\n", "", card, flags=re.S)
     return re.sub(r"^!\[.*\]\(loss\.png\)$", "", card, flags=re.M)
 
 
 def write_space(folder: Path, name: str, revision: str | None) -> None:
-    """Write a Space: this package, a card, and the model itself if `name` is a folder. Raises ValueError."""
+    """Write a Space: this package, a card, and the model itself if `name` is a folder.
+
+    Raises ValueError if the folder is there already, or if the model or its tokenizer cannot be used.
+    """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"--space={folder} is there already and not empty: name a new folder")
-    load(name, revision)  # whether this is a model that can be used
+    load(name, revision)  # raises ValueError for a model that would fail in the Space
     with whole(folder) as space:
         shutil.copytree(PACKAGE, space / PACKAGE.name, ignore=shutil.ignore_patterns("training", "web", "__pycache__"))
         shutil.copy(PACKAGE.parent / "command_start.py", space)
@@ -188,10 +192,10 @@ def write_space(folder: Path, name: str, revision: str | None) -> None:
 
 
 def serve(page: Any, host: str, port: int) -> None:
-    """Start the page and wait until Ctrl-C ends it; raises ValueError if it cannot listen there."""
+    """Start the page and wait until Ctrl-C ends it. Raises ValueError if the address and port cannot be used."""
     import gradio as gr
 
-    fonts = ["system-ui", "sans-serif"]  # Gradio's own would come from another server
+    fonts = ["system-ui", "sans-serif"]  # the browser would fetch Gradio's own fonts from another server
     theme = gr.themes.Default(font=fonts, font_mono=["ui-monospace", "monospace"])
     try:
         page.launch(server_name=host, server_port=port, theme=theme, quiet=True, prevent_thread_lock=True)

@@ -7,8 +7,8 @@
     accelerate launch -m modeling_nanogpt.evaluate out/quickstart                  on all GPUs together
 
 The loss is the mean over all tokens, in nats. Each token is predicted once, from the tokens before it in its window;
-windows are as long as the context and lie side by side. On a data_dir, this is the loss that training reports. A text
-begins after an end-of-text token, if the tokenizer has one, so its first token is predicted too.
+windows are as long as the context and lie side by side. On a data_dir, this is the loss that training reports. An
+end-of-text token is put before a text, if the tokenizer has one, so the first token of the text is predicted too.
 """
 # ruff: noqa: E402 -- the command reads its flags before it imports torch and transformers, which takes seconds
 
@@ -40,13 +40,13 @@ parser.add_path("--text", metavar="FILE", help="text file to evaluate on")
 parser.add_argument("--tasks", metavar="NAMES", help="tasks of lm-eval, separated by commas")
 parser.add_path("--include_path", metavar="FOLDER", help="folder with tasks of your own for lm-eval")
 parser.add_number("--limit", 0, "examples of each task; 0 means all of them")
-parser.add_number("--batch_size", 8, "windows, or examples of a task, that are computed at once", at_least=1)
+parser.add_number("--batch_size", 8, "windows, or examples of a task, in one batch", at_least=1)
 parser.add_number("--block_size", 0, "length of a window in tokens; 0 means the model's context")
 parser.add_argument(
     "--dtype",
     choices=("auto", "float32", "bfloat16", "float16"),
     default="auto",
-    help="arithmetic; auto is what is fast here, as in training (default: auto)",
+    help="arithmetic; auto takes what is fast on the device, as in training (default: auto)",
 )
 parser.add_argument("--card", action="store_true", help="write the results into the model card, MODEL/README.md")
 parser.add_argument("--json", action="store_true", help="print the results as JSON")
@@ -79,7 +79,7 @@ def data_dir_of_run(folder: Path) -> str:
     try:
         data_dir = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))["data_dir"]
     except (OSError, yaml.YAMLError, KeyError, TypeError):
-        parser.error(f"what to evaluate {folder} on is not known: give --data_dir, --text or --tasks")
+        parser.error(f"{folder} has no run.yaml that names its data_dir: give --data_dir, --text or --tasks")
     return str(data_dir)
 
 
@@ -93,7 +93,7 @@ def read_record(data_dir: Path, split: str) -> dict:
         parser.error(
             f"--data_dir={data_dir} is not a folder that tokenization.prepare made: give another --data_dir, or --text"
         )
-    parser.error(f"--data_dir={data_dir}: its {split} split has no token to predict")
+    parser.error(f"--data_dir={data_dir}: the split {split} has no token to predict: give another --split")
 
 
 def read_text(path: Path) -> str:
@@ -139,7 +139,7 @@ from .card_notes import write_results
 from .scoring import read_split, sum_losses
 from .sources import first_line, load_model
 
-MEASURES = {  # in the model card
+MEASURES = {  # key of the results -> its name in the model card
     "loss": "loss (nats a token)",
     "perplexity": "perplexity",
     "bits_per_byte": "bits a byte",
@@ -148,7 +148,10 @@ MEASURES = {  # in the model card
 
 
 def join_processes(dtype: str) -> PartialState:
-    """This process among the others. Raises ValueError if they do not find each other, or cannot compute in dtype."""
+    """What this process knows of the others.
+
+    Raises ValueError if the processes do not find each other, or if the device cannot compute in `dtype`.
+    """
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     started = int(os.environ.get("WORLD_SIZE", 1))
     if started != state.num_processes:
@@ -174,7 +177,7 @@ def check_tokenizer(data_dir: Path, name: str, revision: str | None) -> None:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray:
-    """The ids (N,) of a text, after the token that begins a text, if there is one.
+    """The ids (N,) int64 of a text. If the tokenizer has a token that begins or ends texts, the ids begin with it.
 
     Raises ValueError if the tokenizer does not know a character.
     """
@@ -197,20 +200,26 @@ def choose_block_size(model: PreTrainedModel, asked: int) -> int:
 
 
 def evaluate(arguments: argparse.Namespace, device: torch.device) -> dict:
-    """The results on a data_dir or on a text. Raises ValueError if model and text do not fit."""
+    """The results on a data_dir or on a text: loss in nats a token, perplexity, bits a byte, seconds.
+
+    Raises ValueError if the tokens are not those of the model, or if the windows are longer than its context.
+    """
     name, revision = arguments.model, arguments.revision
     if arguments.data_dir:
         check_tokenizer(Path(arguments.data_dir), name, revision)
         tokens = int(arguments.record["tokens"][arguments.split])
-        size = (arguments.record.get("bytes") or {}).get(arguments.split)
-        pieces, words = read_split(Path(arguments.data_dir), arguments.split, tokens), 0
+        size = (arguments.record.get("bytes") or {}).get(arguments.split)  # None in a data_dir that does not know it
+        pieces = read_split(Path(arguments.data_dir), arguments.split, tokens)
+        words = 0
         subject = f"{arguments.data_dir}, {arguments.split}"
     else:
-        pieces, size = [encode(load_tokenizer(name, revision), arguments.content)], len(arguments.content.encode())
+        pieces = [encode(load_tokenizer(name, revision), arguments.content)]
+        tokens = len(pieces[0])
+        size = len(arguments.content.encode())
         words = len(re.split(r"\s+", arguments.content))  # as lm-eval counts them
-        tokens, subject = len(pieces[0]), arguments.text
+        subject = arguments.text
         if tokens < 2:
-            raise ValueError(f"--text: {arguments.text} has no token to predict")
+            raise ValueError(f"--text: {arguments.text} has no token to predict: give a longer text")
     model = load_model(name, revision).float().eval()
     model.to(device)
     precision = choose_precision(arguments.dtype, model.config, device)
@@ -234,15 +243,16 @@ def evaluate(arguments: argparse.Namespace, device: torch.device) -> dict:
     seconds = time.perf_counter() - started
     loss = nats / targets
     results = {"loss": loss, "perplexity": exponential(loss)}
-    if words and size:  # all of the text was predicted
+    if words and size:  # every token of a text is predicted
         results |= {"bits_per_byte": nats / math.log(2) / size, "word_perplexity": exponential(nats / words)}
-    elif size:  # the first token of a split has nothing before it, and counts as much as the others do on average
+    elif size:  # nothing predicts the first token of a split: the mean loss of the others is taken for it
         results |= {"bits_per_byte": loss / math.log(2) * tokens / size}
     return {"model": name, "subject": subject, "tokens": targets, "bytes": size, "seconds": seconds} | results
 
 
 def exponential(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf  # a float cannot hold more
+    """e to the power of a value, or infinity if a float cannot hold the result, for which math.exp raises an error."""
+    return math.exp(value) if value < 700 else math.inf
 
 
 def evaluate_tasks(arguments: argparse.Namespace) -> dict:
@@ -262,10 +272,10 @@ def evaluate_tasks(arguments: argparse.Namespace) -> dict:
     model = load_model(arguments.model, arguments.revision)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     model.to(device)  # type: ignore[arg-type]  # transformers wraps `to` in a way that mypy cannot follow
-    wrapped = HFLM(model, tokenizer=tokenizer, batch_size=arguments.batch_size, device=str(device))
+    harness_model = HFLM(model, tokenizer=tokenizer, batch_size=arguments.batch_size, device=str(device))
     try:
         results = lm_eval.simple_evaluate(
-            wrapped, tasks=names, task_manager=manager, limit=arguments.limit or None, log_samples=False
+            harness_model, tasks=names, task_manager=manager, limit=arguments.limit or None, log_samples=False
         )
     except Exception as error:  # of the Hub, of `datasets`, of a task
         raise ValueError(f"--tasks={arguments.tasks}: lm-eval failed: {first_line(error)}") from None
@@ -283,13 +293,13 @@ def show(results: dict) -> None:
     print(f"{line} ({results['tokens']:,} tokens in {results['seconds']:.1f} s: {rate:,.0f} tokens/s)")
 
 
-def finite(results: dict) -> dict:
-    """The same with None for a number that is not finite, which JSON cannot hold."""
-    bad = {key for key, value in results.items() if isinstance(value, float) and not math.isfinite(value)}
-    return {key: None if key in bad else value for key, value in results.items()}
+def for_json(value):
+    """The value, but None for a number that is not finite, because JSON has only finite numbers."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def run_tasks(arguments: argparse.Namespace) -> None:
+    """Evaluate on lm-eval's tasks, and print its table."""
     from lm_eval.utils import make_table
 
     results = evaluate_tasks(arguments)
@@ -319,7 +329,10 @@ def main(arguments: argparse.Namespace) -> None:
         if arguments.card:
             lines = {text: f"{results[key]:.4f}" for key, text in MEASURES.items() if key in results}
             write_results(Path(arguments.model) / "README.md", results["subject"], lines)
-        print(json.dumps(finite(results), indent=2)) if arguments.json else show(results)
+        if arguments.json:
+            print(json.dumps({key: for_json(value) for key, value in results.items()}, indent=2))
+        else:
+            show(results)
     processes.destroy_process_group()
 
 

@@ -1,7 +1,7 @@
-"""How many parameters a model has, part by part, and how many bytes its training takes at the moment of the peak.
+"""How many parameters a model has, part by part, and how many bytes its training takes at the peak.
 
-The bytes are those of tensors, as eager PyTorch keeps them for this model. They do not include what a CUDA process
-takes beside its tensors (about half a GiB) and what fragments of free memory waste. torch.compile takes less.
+The bytes are those of tensors, as eager PyTorch keeps them for this model. They do not include the CUDA process itself
+(about half a GiB) and free memory that lies in fragments. A compiled model takes less.
 """
 
 from dataclasses import dataclass
@@ -32,7 +32,10 @@ def parameters_by_part(config: NanoGPTConfig) -> dict[str, int]:
 
 
 def block_matrices(config: NanoGPTConfig) -> dict[tuple[int, int], int]:
-    """How many matrices of each shape (the short side first) the blocks hold, as Muon sees them."""
+    """How many matrices of each shape (the short side first) all blocks hold together.
+
+    c_attn counts as three matrices, of queries, keys and values, as in Muon.
+    """
     assert config.intermediate_size is not None
     shapes: dict[tuple[int, int], int] = {}
     width, inner = config.n_embd, config.intermediate_size
@@ -43,7 +46,7 @@ def block_matrices(config: NanoGPTConfig) -> dict[tuple[int, int], int]:
 
 
 def optimizer_bytes(config: NanoGPTConfig, optimizer: str) -> int:
-    """Bytes of what the optimizer remembers: two moments for AdamW's weights, one for the matrices of Muon."""
+    """Bytes of the optimizer's state: two moments for the weights that AdamW trains, one for the matrices of Muon."""
     total = sum(parameters_by_part(config).values())
     if optimizer == "adamw":
         return 2 * FLOAT * total
@@ -53,7 +56,7 @@ def optimizer_bytes(config: NanoGPTConfig, optimizer: str) -> int:
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """Bytes on one device while it trains. `peaks` names the moments at which most is held, with their bytes."""
+    """Bytes on one device while it trains. `peaks` has the bytes at each time of a step at which the peak may lie."""
 
     weights: int
     gradients: int
@@ -78,20 +81,21 @@ def training_memory(
 ) -> TrainingMemory:
     """The memory of a step, with micro-batches of `batch_size` windows of block_size tokens.
 
-    `dtype` is the arithmetic. `keeps_gradients` says that gradients are held during the forward pass, which is so if
-    a step has several micro-batches, or if several processes share their gradients.
+    `dtype` is the arithmetic. `keeps_gradients` says that gradients are held during the forward pass: a step has
+    several micro-batches, or several processes share their gradients.
     """
     assert config.intermediate_size is not None
     parts = parameters_by_part(config)
     number = FLOAT if dtype == "float32" else 2  # bytes of a number in a matrix product
-    lowered = number < FLOAT  # autocast makes copies of the matrices, and casts what a layer norm returns
+    lowered = number < FLOAT  # then autocast copies the matrices and the results of the layer norms
     tokens = batch_size * config.block_size
     stream = FLOAT * tokens * config.n_embd  # the residual stream, (B, T, C)
-    narrow, wide = number * tokens * config.n_embd, number * tokens * config.intermediate_size
-    logits = tokens * config.vocab_size
+    narrow = number * tokens * config.n_embd  # (B, T, C) in the arithmetic's dtype
+    wide = number * tokens * config.intermediate_size  # inside an MLP
+    logits = tokens * config.vocab_size  # numbers, not bytes
     weights = FLOAT * sum(parts.values())
     moments = optimizer_bytes(config, optimizer)
-    head = config.vocab_size * config.n_embd
+    head = config.vocab_size * config.n_embd  # numbers, not bytes
     matrices = sum(rows * columns * count for (rows, columns), count in block_matrices(config).items())
 
     # What one block keeps: the inputs of both norms; the inputs of four matrices, q, k, v, and the input of the GELU.
@@ -108,7 +112,7 @@ def training_memory(
         kept += copies
     activations = kept + ends
 
-    # the forward pass ends with the logits, and with them in float32, beside log-probabilities that it keeps
+    # At its end, the forward pass has the logits, their copy in float32, and the log-probabilities, which it keeps.
     end_of_forward = (number * logits if lowered else 0) + FLOAT * logits
     if gradient_checkpointing:
         end_of_forward += copies  # autocast keeps them until the forward pass ends
@@ -117,7 +121,7 @@ def training_memory(
     recomputed = block + copies // config.n_layer if gradient_checkpointing else 0
     fixed = weights + moments
     held = weights if keeps_gradients else 0  # gradients
-    # beside all gradients: if the embedding is tied, its gradients as the head and as a table, apart from their sum
+    # A tied embedding has a gradient as the head and another as the table, besides their sum.
     of_embedding = FLOAT * head * (2 * int(config.tie_word_embeddings) + int(keeps_gradients))
     peaks = {
         "the loss": fixed + held + activations + max(end_of_forward, start_of_backward),
@@ -130,11 +134,12 @@ def training_memory(
 
 
 def muon_bytes(config: NanoGPTConfig) -> int:
-    """Bytes that a step of Muon takes for a while: the momenta that look ahead, and its iteration in bfloat16."""
-    updates, iteration = 0, 0
+    """Bytes that a step of Muon needs until it ends: the look-ahead momenta, and the iteration in bfloat16."""
+    updates = 0
+    iteration = 0
     for (rows, columns), count in block_matrices(config).items():
         updates += FLOAT * rows * columns * count
-        # all matrices of a shape together: as they were, before and after an iteration; and two squares
+        # all matrices of a shape together: their start, their values before and after an iteration, and two squares
         iteration = max(iteration, 2 * count * (3 * rows * columns + 2 * rows * rows))
     return updates + iteration
 
@@ -142,7 +147,7 @@ def muon_bytes(config: NanoGPTConfig) -> int:
 def largest_batch(bytes_available: float, **settings) -> int:
     """The largest number of windows in a micro-batch whose peak fits; 0 if not even one fits.
 
-    `settings` are those of training_memory without the batch size.
+    `settings` are the other arguments of training_memory.
     """
     fits, beyond = 0, 1
     while beyond < 2**30 and training_memory(batch_size=beyond, **settings).peak <= bytes_available:

@@ -1,6 +1,6 @@
-"""What a recipe plans, as far as it decides about size and speed: the model's shape, the batch, the optimizer.
+"""The flags of a recipe that decide about size and speed: the model's shape, the batch, the optimizer.
 
-The trainer knows all flags and checks them. This file reads some of them without the trainer and without torch.
+The trainer knows all flags and checks them. This file reads these flags without the trainer and without torch.
 """
 
 import dataclasses
@@ -25,12 +25,12 @@ GPT2_SHAPES = {
     "gpt2-large": (36, 20, 1280),
     "gpt2-xl": (48, 25, 1600),
 }
-TEXT_CHARACTERS = 128  # a guess: tiny Shakespeare has 65, and other English texts have about a hundred
+TEXT_CHARACTERS = 128  # assumed: tiny Shakespeare has 65 characters, and other English texts have about a hundred
 
 
 @dataclasses.dataclass
 class Plan:
-    """Flags of the trainer with the trainer's defaults. None means that the flag was not given."""
+    """Flags of the trainer, with the trainer's defaults. None means that a flag was not given."""
 
     init_from: str = "scratch"
     revision: str | None = None
@@ -87,10 +87,12 @@ def read_value(key: str, text: str):
 
 
 def find_recipe(name: str) -> Path:
-    """The file of a recipe: hub_configs/NAME.yaml is found from any folder, as the trainer finds it."""
+    """The file of a recipe. As in the trainer, hub_configs/NAME.yaml is found from any folder."""
     path = Path(name)
     installed = RECIPES.parent / path
-    return installed if not path.exists() and installed.parent == RECIPES and installed.exists() else path
+    if not path.exists() and installed.parent == RECIPES and installed.exists():
+        return installed
+    return path
 
 
 def read_recipe(path: Path, changes: dict[str, str]) -> Plan:
@@ -111,9 +113,10 @@ def read_recipe(path: Path, changes: dict[str, str]) -> Plan:
 
 
 def vocabulary_of(plan: Plan, name: str) -> tuple[int, str]:
-    """The tokens of a recipe's tokenizer, and how this number is known. `name` is the recipe's, as its data_dir is.
+    """The number of tokens of a recipe's tokenizer, and where this number comes from.
 
-    A data_dir that is there knows best. Raises ValueError if only the tokenizer itself could tell.
+    `name` is the name of the recipe, and by default the name of its data_dir. A data_dir that is prepared knows its
+    number of tokens. Raises ValueError if only the tokenizer itself knows the number.
     """
     data_dir = Path(plan.data_dir or f"data/{name}").expanduser()
     if plan.vocab_size and plan.tokenizer != "bpe":
@@ -127,10 +130,10 @@ def vocabulary_of(plan: Plan, name: str) -> tuple[int, str]:
     if plan.tokenizer == "bpe":
         return plan.vocab_size or 4096, "as the recipe asks for"
     if plan.tokenizer.removeprefix("openai-community/") == "gpt2":
-        return GPT2_TOKENS, "GPT-2's"
+        return GPT2_TOKENS, "as GPT-2 has"
     if plan.tokenizer == "char":
         return TEXT_CHARACTERS, "assumed, because a char tokenizer has the characters of the text: see --vocab_size"
     raise ValueError(
-        f"tokenizer={plan.tokenizer}: how many tokens it has is not known before {data_dir} is prepared: give "
+        f"tokenizer={plan.tokenizer}: its number of tokens is not known before {data_dir} is prepared: give "
         "--vocab_size, or prepare the text with python -m tokenization.prepare"
     )

@@ -1,13 +1,13 @@
 """How large a model should be, and how much text it should see: the results of Chinchilla, and a later correction.
 
-Hoffmann et al., "Training Compute-Optimal Large Language Models" (2203.15556), took three approaches. N is the number
-of parameters, D the number of tokens, and training takes 6 N D FLOPs.
+Hoffmann et al., "Training Compute-Optimal Large Language Models" (arXiv 2203.15556), took three approaches. N is the
+number of parameters, D the number of tokens, and training takes 6 N D FLOPs.
 """
 
 import math
 from dataclasses import dataclass
 
-# Approach 2 (table A3): for a number of parameters, the tokens at which it is the best for the FLOPs
+# Approach 2 (table A3): (N, D) of models that are the best for their FLOPs
 TABLE_A3 = (
     (400e6, 7.7e9),
     (1e9, 20.0e9),
@@ -23,7 +23,7 @@ TABLE_A3 = (
 
 @dataclass(frozen=True)
 class LossFit:
-    """Approach 3: the loss (nats a token) as irreducible + a / N ** alpha + b / D ** beta."""
+    """Approach 3: the loss (nats a token) is irreducible + a / N ** alpha + b / D ** beta."""
 
     irreducible: float
     a: float
@@ -36,27 +36,28 @@ class LossFit:
 
     @property
     def _balance(self) -> float:
+        """G of the paper's equation 4: the best N for C FLOPs is G * (C / 6) ** (beta / (alpha + beta))."""
         return (self.alpha * self.a / (self.beta * self.b)) ** (1 / (self.alpha + self.beta))
 
     def best_size(self, flops: float) -> tuple[float, float]:
-        """The parameters and the tokens with the lowest loss among all that take so many FLOPs."""
+        """The parameters and the tokens with the lowest loss for this number of training FLOPs."""
         parameters = self._balance * (flops / 6) ** (self.beta / (self.alpha + self.beta))
         return parameters, flops / 6 / parameters
 
     def best_tokens(self, parameters: float) -> float:
-        """The tokens for which a model of this size is the best for the FLOPs."""
+        """The number of tokens with which a model of this size is the best for its FLOPs."""
         flops = 6 * (parameters / self._balance) ** ((self.alpha + self.beta) / self.beta)
         return flops / 6 / parameters
 
 
 PUBLISHED = LossFit(irreducible=1.69, a=406.4, b=410.7, alpha=0.34, beta=0.28)
-# The same data, fitted again: Besiroglu et al., "Chinchilla Scaling: A replication attempt" (2404.10102). The
-# published fit contradicts the paper's other two approaches, and this one agrees with them.
+# The same data, fitted again: Besiroglu et al., "Chinchilla Scaling: A replication attempt" (arXiv 2404.10102). The
+# published fit contradicts the paper's other two approaches, and this fit agrees with them.
 CORRECTED = LossFit(irreducible=1.8172, a=482.01, b=2085.43, alpha=0.3478, beta=0.3658)
 
 
 def tokens_by_table(parameters: float) -> float:
-    """The best number of tokens for a size by approach 2: on the line through the logarithms of the table."""
+    """The best number of tokens for a size by approach 2: the line of least squares through the logarithms."""
     points = [(math.log(size), math.log(tokens)) for size, tokens in TABLE_A3]
     mean_x = sum(x for x, _ in points) / len(points)
     mean_y = sum(y for _, y in points) / len(points)

@@ -1,4 +1,4 @@
-"""How well a model predicts a text: its mean loss over windows side by side, on any number of processes."""
+"""How well a model predicts a text: the sum of its losses over windows side by side, on any number of processes."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -20,9 +20,10 @@ def read_split(data_dir: Path, split: str, length: int) -> list[np.ndarray]:
 
     A data_dir of an earlier layout has padding after the last token.
     """
-    shared = not (data_dir / split).is_dir()  # as push_to_hub shares it
-    rows = load_dataset(str(data_dir), split=split) if shared else load_from_disk(data_dir / split)
-    pieces, left = [], length
+    is_from_hub = not (data_dir / split).is_dir()  # push_to_hub writes parquet files in a folder data/
+    rows = load_dataset(str(data_dir), split=split) if is_from_hub else load_from_disk(data_dir / split)
+    pieces: list[np.ndarray] = []
+    left = length
     for chunk in rows.data.column("input_ids").chunks:
         pieces.append(chunk.flatten().to_numpy(zero_copy_only=True)[:left])
         left -= len(pieces[-1])
@@ -30,7 +31,7 @@ def read_split(data_dir: Path, split: str, length: int) -> list[np.ndarray]:
 
 
 def windows(pieces: Iterable[np.ndarray], block_size: int) -> Iterator[np.ndarray]:
-    """Windows of up to block_size + 1 ids, side by side: each id but the first is a target exactly once.
+    """Windows of up to block_size + 1 ids, side by side: each id after the first is a target exactly once.
 
     The last id of a window is the first input of the next one. The last window may be short.
     """

@@ -1,18 +1,19 @@
 """Say how large a model is, whether its training fits into memory, and how long the training takes.
 
-    python -m modeling_nanogpt.sizing hub_configs/openwebtext.yaml --memory 24GiB --gpu "RTX 4090"
+    python -m modeling_nanogpt.sizing hub_configs/gpt2_124m.yaml --memory 24GiB --gpu "RTX 4090"
     python -m modeling_nanogpt.sizing out/quickstart --batch_size=64 --plot sizing.png
-    python -m modeling_nanogpt.sizing hub_configs/openwebtext.yaml --n_layer=24 --n_head=16 --n_embd=1024 --gpus=8
+    python -m modeling_nanogpt.sizing hub_configs/gpt2_124m.yaml --n_layer=24 --n_head=16 --n_embd=1024 --gpus=8
 
-The model is a recipe's, or that of a folder, a Hub id or nanoGPT's ckpt.pt. Nothing is downloaded but a config.json,
-and no weight is read. Flags of the trainer win over the recipe. Memory is counted in tensors, for eager PyTorch, by
-formulas that the tests compare with what is measured. docs/sizing.md says what is counted.
+The model is that of a recipe, a folder, a Hub id or nanoGPT's ckpt.pt. The command downloads only a config.json, and
+does not read weights. Flags of the trainer win over the recipe. Memory is the bytes of tensors in eager PyTorch, by
+formulas that the tests compare with measurements. docs/sizing.md says what is counted.
 """
 # ruff: noqa: E402 -- the command reads its flags before it imports torch and transformers, which takes seconds
 
 import argparse
 import dataclasses
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -22,11 +23,11 @@ from command_start import begin_command
 
 from .command_line import CommandParser
 from .gpus import PEAK_FLOPS, peak_of
-from .plan import GPT2_SHAPES, GPT2_TOKENS, KINDS, Plan, find_recipe, read_recipe, read_value, vocabulary_of
+from .plan import GPT2_SHAPES, GPT2_TOKENS, Plan, find_recipe, read_recipe, read_value, vocabulary_of
 
 HELP = {
     "tokenizer": "tokenizer of a new model",
-    "vocab_size": "tokens of its vocabulary; a new model has the next multiple of 64",
+    "vocab_size": "tokens of the vocabulary; a new model has the next multiple of 64",
     "block_size": "longest context, in tokens",
     "n_layer": "number of blocks",
     "n_head": "attention heads in a block",
@@ -36,12 +37,12 @@ HELP = {
     "gradient_accumulation_steps": "micro-batches in a step, over all GPUs together",
     "max_iters": "optimizer steps of the whole run",
     "optimizer": "adamw or muon",
-    "dtype": "arithmetic; auto is counted as bfloat16, which a GPU takes",
+    "dtype": "arithmetic; auto is counted as bfloat16, as on a GPU",
     "gradient_checkpointing": "compute activations twice: less memory, more time",
     "attn_implementation": "attention function: sdpa or eager",
 }
 UNITS = {"GiB": 2**30, "MiB": 2**20, "GB": 10**9, "MB": 10**6}
-FREE = 0.1  # part of a GPU's memory that is left free: the CUDA process itself, and fragments
+FREE = 0.1  # part of a GPU's memory that is left free for the CUDA process itself, and for fragments
 
 parser = CommandParser("modeling_nanogpt.sizing", usage="RECIPE|MODEL [--flag VALUE ...]", description=__doc__)
 parser.add_path("subject", metavar="RECIPE|MODEL", help="recipe (a .yaml file), or folder or Hub id of a model")
@@ -53,7 +54,7 @@ parser.add_argument("--gpu", metavar="NAME", default="A100", help="GPU to train 
 parser.add_number("--gpus", 1, "number of these GPUs", at_least=1)
 # nanoGPT's notebook transformer_sizing measured 37 % for a GPT-2 of 124M parameters on an A100
 parser.add_number("--mfu", 0.37, "part of the GPU's FLOP/s that training uses", below=1)
-parser.add_number("--flops", 0.0, "FLOPs to find the best size for; 0: those of the run")
+parser.add_number("--flops", 0.0, "training FLOPs to find the best size for; 0: those of the run, 6 N D")
 parser.add_path("--plot", metavar="FILE", help="picture to draw, a .png, .svg or .pdf")
 parser.add_argument("--json", action="store_true", help="print the results as JSON, in bytes and FLOPs")
 group = parser.add_argument_group("flags of the trainer, which win over the recipe")
@@ -64,22 +65,21 @@ for flag, text in HELP.items():
 def parse_arguments() -> argparse.Namespace:
     """The command line, with the plan of the recipe as `plan` and bytes as `memory`. A mistake ends the process."""
     arguments = parser.parse(sys.argv[1:])
-    size = re.fullmatch(r"([\d.]+) ?(GiB|MiB|GB|MB)", arguments.memory)
+    given_memory = arguments.memory
+    size = re.fullmatch(r"([\d.]+) ?(GiB|MiB|GB|MB)", given_memory)
     try:
         arguments.memory = float(size[1]) * UNITS[size[2]] if size else 0
     except ValueError:
         arguments.memory = 0
     if not arguments.memory:
-        parser.error("--memory must be a size such as 24GiB, 80GB or 512MiB")
+        parser.error(f"--memory={given_memory}, but it must be a size such as 24GiB, 80GB or 512MiB")
     arguments.peak = peak_of(arguments.gpu)
     if arguments.peak is None:
-        parser.error(f"--gpu={arguments.gpu} is not a GPU that is known here: {', '.join(PEAK_FLOPS)}")
+        parser.error(f"--gpu={arguments.gpu} is not known, but it must be one of {', '.join(PEAK_FLOPS)}")
     if not arguments.mfu:
         parser.error("--mfu=0.0, but it must be above 0: 0.4 is good for a small model")
-    if arguments.plot and Path(arguments.plot).suffix not in (".png", ".svg", ".pdf"):
-        parser.error(f"--plot={arguments.plot}, but it must be a .png, .svg or .pdf")
-    if arguments.plot and not Path(arguments.plot).absolute().parent.is_dir():
-        parser.error(f"--plot={arguments.plot}: there is no such folder")
+    if arguments.plot:
+        parser.check_picture("--plot", arguments.plot)
     changes = {flag: getattr(arguments, flag) for flag in HELP if getattr(arguments, flag) is not None}
     try:
         arguments.plan = make_plan(arguments.subject, changes)
@@ -88,7 +88,7 @@ def parse_arguments() -> argparse.Namespace:
     if arguments.plan.gradient_accumulation_steps % arguments.gpus:
         parser.error(
             f"gradient_accumulation_steps={arguments.plan.gradient_accumulation_steps} counts the micro-batches of "
-            f"all GPUs: it must be divisible by their number, --gpus={arguments.gpus}"
+            f"all GPUs, so it must be divisible by their number, --gpus={arguments.gpus}"
         )
     return arguments
 
@@ -98,15 +98,19 @@ def is_recipe(subject: str) -> bool:
 
 
 def make_plan(subject: str, changes: dict[str, str]) -> Plan:
-    """The plan of a recipe; or that of the run that wrote a model's folder, if there is one. ValueError if not."""
+    """The plan of a recipe, or of the run that wrote the folder of a model. `changes` are flags that win over it.
+
+    Raises ValueError if the recipe cannot be read, or if a flag has a wrong value or is not for a trained model.
+    """
     if is_recipe(subject):
         return read_recipe(find_recipe(subject), changes)
-    of_run = Path(subject) / "run.yaml"
-    if shaping := [flag for flag in ("n_layer", "n_head", "n_embd", "bias", "vocab_size") if flag in changes]:
-        raise ValueError(f"--{shaping[0]} is for a recipe, but the shape of {subject} is that of its weights")
-    if of_run.is_file():
-        return read_recipe(of_run, changes)
-    return Plan(**{key: read_value(key, value) for key, value in changes.items() if key in KINDS})
+    for flag in ("n_layer", "n_head", "n_embd", "bias", "vocab_size"):
+        if flag in changes:
+            raise ValueError(f"--{flag} is for a recipe, but the weights of {subject} have their shape: leave it out")
+    recipe_of_run = Path(subject) / "run.yaml"
+    if recipe_of_run.is_file():
+        return read_recipe(recipe_of_run, changes)
+    return Plan(**{key: read_value(key, value) for key, value in changes.items()})
 
 
 if __name__ == "__main__":
@@ -123,7 +127,10 @@ from .throughput import flops_per_token, forward_flops
 
 
 def find_config(subject: str, revision: str | None, plan: Plan) -> tuple[NanoGPTConfig, int, str]:
-    """The shape of the model, its tokens without padding, and how they are known. ValueError if there is no model."""
+    """The shape of the model, its number of tokens without padding, and where this number comes from.
+
+    Raises ValueError if there is no model, or if the number of tokens is not known.
+    """
     if not is_recipe(subject):
         block_size = {"block_size": plan.block_size} if plan.block_size else {}
         config = config_of_model(subject, revision, block_size)
@@ -132,12 +139,15 @@ def find_config(subject: str, revision: str | None, plan: Plan) -> tuple[NanoGPT
         config = config_of_model(plan.init_from, plan.revision, plan.shape)
         return config, config.vocab_size, f"as {plan.init_from} has it"
     tokens, known = vocabulary_of(plan, Path(subject).stem)
-    rows = -(-tokens // 64) * 64  # as the trainer rounds it up, because a multiple of 64 is faster
+    rows = math.ceil(tokens / 64) * 64  # as in the trainer: a multiple of 64 is faster
     return choose_config(plan.shape | {"vocab_size": rows}, None), tokens, known
 
 
 def config_of_model(name: str, revision: str | None, changes: dict) -> NanoGPTConfig:
-    """The shape of a trained model, with another dropout or a smaller block_size. ValueError if there is no model."""
+    """The shape of a trained model, with another dropout or a smaller block_size.
+
+    Raises ValueError if there is no model, or if `changes` (keys of NanoGPTConfig) contradict it.
+    """
     shape = GPT2_SHAPES.get(name.removeprefix("openai-community/"))
     if shape is None or Path(name).exists():
         return choose_config(changes, open_source(name, revision))
@@ -147,11 +157,13 @@ def config_of_model(name: str, revision: str | None, changes: dict) -> NanoGPTCo
 
 
 def measure(config: NanoGPTConfig, plan: Plan, *, memory: float, peak: float, gpus: int, mfu: float, flops: float):
-    """All results, by name: parameters, FLOPs, bytes, windows, seconds, tokens.
+    """All results, by name. Their units are in the names.
 
-    `memory` is that of a GPU in bytes, `peak` its FLOP/s, `flops` a number of FLOPs to find a size for, or 0.
+    `memory` is the memory of a GPU in bytes, and `peak` its FLOP/s. `mfu` is the part of `peak` that training uses.
+    `flops` are training FLOPs to find the best size for; 0 takes those of the run.
     """
-    parts, forward = parameters_by_part(config), forward_flops(config)
+    parts = parameters_by_part(config)
+    forward = forward_flops(config)
     parameters = sum(parts.values())
     moments = optimizer_bytes(config, plan.optimizer)
     settings: dict[str, Any] = {
@@ -163,7 +175,7 @@ def measure(config: NanoGPTConfig, plan: Plan, *, memory: float, peak: float, gp
     }
     fitting = {}
     for name, checkpoints in (("without checkpointing", False), ("with checkpointing", True)):
-        # the largest micro-batch may leave more micro-batches in a step, whose gradients are held
+        # With the largest micro-batch, a step may still have several. Then gradients are kept from one to the next.
         held = settings | {"gradient_checkpointing": checkpoints, "keeps_gradients": True}
         largest = largest_batch(memory * (1 - FREE), **held)
         share = plan.windows // gpus
@@ -211,19 +223,20 @@ def measure(config: NanoGPTConfig, plan: Plan, *, memory: float, peak: float, gp
 
 
 def gib(count: float) -> str:
-    """Bytes as a person would say them."""
+    """Bytes as text in GiB, or in MiB below a tenth of a GiB."""
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 / 10 else f"{count / 2**20:.2f} MiB"
 
 
 def short(count: float) -> str:
-    """A large number in three digits and a word."""
-    for size, word in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+    """A large number in three digits and a letter, as 124M."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
         if count >= size:
-            return f"{count / size:.3g}{word}"
+            return f"{count / size:.3g}{letter}"
     return f"{count:.3g}"
 
 
 def show(results: dict, config: NanoGPTConfig, tokens: int, known: str, arguments: argparse.Namespace) -> None:
+    """Print the report. `tokens` are those of the vocabulary, and `known` says where this number comes from."""
     plan, parameters = arguments.plan, results["parameters"]
     print(
         f"{arguments.subject}: {config.n_layer} layers, {config.n_head} heads, width {config.n_embd}, context "
@@ -278,8 +291,8 @@ def show_memory(results: dict, config: NanoGPTConfig, arguments: argparse.Namesp
     print(" " * 30 + "".join(f"{name:>24}" for name in fitting))
     for field in ("weights", "gradients", "moments", "activations"):
         print(f"  {field:28}" + "".join(f"{gib(getattr(each, field)):>24}" for each in columns))
-    for moment in columns[0].peaks:
-        print(f"  {f'peak at {moment}':34}{gib(columns[0].peaks[moment]):>20}{gib(columns[1].peaks[moment]):>24}")
+    for time in columns[0].peaks:
+        print(f"  {f'peak at {time}':34}{gib(columns[0].peaks[time]):>20}{gib(columns[1].peaks[time]):>24}")
     print(f"  {'peak':28}" + "".join(f"{gib(each.peak):>24}" for each in columns))
     size = gib(arguments.memory)
     print(f"the largest micro-batch for {size}, of which a tenth is left free:")
@@ -298,7 +311,9 @@ def show_memory(results: dict, config: NanoGPTConfig, arguments: argparse.Namesp
 
 
 def draw(path: str, results: dict, arguments: argparse.Namespace) -> None:
-    """Memory over micro-batches; and Chinchilla's loss over size and tokens, over size alone, and its best sizes."""
+    """Draw four panels: memory over micro-batches; and, by Chinchilla, loss over size and tokens, loss over size with
+    equal FLOPs, and the best number of tokens for a size.
+    """
     import numpy as np
     from matplotlib.figure import Figure
 
@@ -356,7 +371,7 @@ def draw(path: str, results: dict, arguments: argparse.Namespace) -> None:
 
 
 def to_json(results: dict) -> str:
-    """The results without the objects that made them."""
+    """The results as JSON, with the memory in bytes."""
     results = dict(results)
     settings = results.pop("settings")
     results["arithmetic"] = settings["dtype"]
