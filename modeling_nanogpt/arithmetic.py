@@ -1,4 +1,4 @@
-"""What a run computes with: its precision, and whether its model is compiled. By default, what is fast here."""
+"""What a run computes with: its precision, and whether its model is compiled. The defaults are fast on the device."""
 
 import os
 from importlib.util import find_spec
@@ -12,24 +12,25 @@ from .muon import arithmetic_dtype
 from .sources import first_line
 from .throughput import flops_per_token
 
-PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # our names, and Accelerate's
-ATTENTION = ("sdpa", "eager", "flex_attention")  # what PyTorch itself brings
-# On a CPU with instructions for bfloat16, a step in bfloat16 takes as long as one in float32 at 128 wide, two thirds
-# of its time at 192 wide, and less at more: the casts between the products cost more than small products gain.
+PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # our name -> Accelerate's name
+ATTENTION = ("sdpa", "eager", "flex_attention")  # the functions that PyTorch itself has
+# The casts between products cost more than small products gain. On a CPU with instructions for bfloat16, a step in
+# bfloat16 takes as long as one in float32 if the model is 128 wide, two thirds of the time at 192 wide, and even less
+# if the model is wider.
 WIDE = 192
-# FLOPs of a run that takes a CPU about ten minutes or more. Compiling takes about one.
+# FLOPs of a run that takes about ten minutes on two CPU cores. Compiling takes about one minute.
 LONG = 1e14
 
 
 class Choice(NamedTuple):
-    """What was chosen, and the reason, unless a flag has named it."""
+    """What was chosen, and the reason. The reason is empty if a flag has named the value."""
 
     value: Any
     reason: str
 
 
-def check(flags, device: torch.device) -> None:
-    """Raise ValueError if the device cannot compute as the trainer's flags, or `accelerate launch`, ask."""
+def check_flags(flags, device: torch.device) -> None:
+    """Raise ValueError if the device cannot compute as the trainer's flags or `accelerate launch` ask."""
     launched = launched_precision()
     wanted = launched if flags.dtype == "auto" else PRECISIONS[flags.dtype]
     if launched not in ("no", wanted):
@@ -67,7 +68,7 @@ def check_attention(name: str, device: torch.device) -> None:
 
 
 def launched_precision() -> str:
-    """Accelerate's name of the precision that `accelerate launch` asks for."""
+    """Accelerate's name of the precision that `accelerate launch` asks for: no, bf16 or fp16, or else a ValueError."""
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched not in PRECISIONS.values():
         raise ValueError(f"accelerate launch asks for mixed_precision={launched}, but it must be no, bf16 or fp16")
@@ -93,8 +94,8 @@ def choose_precision(dtype: str, config: PreTrainedConfig, device: torch.device)
 def choose_compile(flags, config: NanoGPTConfig, device: torch.device, run: dict) -> Choice:
     """Whether the model is compiled.
 
-    `run` is what the checkpoint says of the run that goes on, if one does. To continue bit for bit, the run stays as
-    it began.
+    `run` is what the checkpoint says of the run that is resumed; it is empty for a new run. A resumed run is compiled
+    if it was compiled from its beginning, because otherwise it would not continue bit for bit.
     """
     if flags.compile != "auto":
         return Choice(flags.compile, "")
@@ -115,7 +116,7 @@ def choose_compile(flags, config: NanoGPTConfig, device: torch.device, run: dict
 
 
 def why_not_compiled(device: torch.device) -> str:
-    """Why torch.compile does not work, or "". It needs a C++ compiler, on a GPU also Triton and more."""
+    """Why torch.compile does not work here, or "" if it works. It needs a C++ compiler, and on a GPU also Triton."""
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
     except Exception as error:  # torch raises many kinds

@@ -1,7 +1,7 @@
 """Where a model can come from: a folder or Hub id of this project or of GPT-2's architecture, nanoGPT's ckpt.pt, a
 state dict, or llm.c's model.bin.
 
-Opening a source reads its configuration alone, so a mistake shows before any weight is loaded.
+Opening a source only reads its configuration, so a mistake shows before weights are loaded.
 """
 
 import os
@@ -56,11 +56,10 @@ NUMPY_NUMBERS: list[Any] = [
 # Files of older releases hold masks and positions, which are computed now: GPT-2's, and others that sample may load.
 OLD_BUFFERS = (*BUFFERS, ".attention.bias", ".attention.masked_bias", ".inv_freq", ".position_ids")
 
-
 # What the checkpoints of nanoGPT and its forks call the weights.
 WEIGHTS = ("model", "model_state_dict", "state_dict")
 
-# Models that are no GPT-2, by a part of the names of their weights; and files, by their first bytes.
+# Models of other architectures, by a part of the names of their weights; and files, by their first bytes.
 OTHER_MODELS = {
     ".attn.c_q.weight": "a nanochat model",
     ".self_attn.q_proj.weight": "a Llama model, or one of its successors",
@@ -110,8 +109,8 @@ class Source:
 def open_source(name: str, revision: str | None = None, n_head: int | None = None) -> Source:
     """Recognise what a name stands for and read its configuration.
 
-    `revision` is the branch, tag or commit of a Hub id. `n_head` is needed for weights alone: their shapes do not show
-    the number of heads. Raises ValueError if this is not a model that we know.
+    `revision` is the branch, tag or commit of a Hub id. `n_head` is for a state dict, whose shapes do not show the
+    number of heads. Raises ValueError if this is not a model that we know.
     """
     # os.path says no to a name that is too long for a file; Path raises an error
     if revision and os.path.exists(name):
@@ -130,7 +129,7 @@ def open_file(name: str, path: Path, n_head: int | None) -> Source:
     if begins in OTHER_FILES:
         raise ValueError(f"{path} is {OTHER_FILES[begins]}, but only GPT-2's architecture can be read")
     if path.suffix == ".safetensors":
-        raise ValueError(f"{path} holds weights alone: give the folder that has config.json beside it")
+        raise ValueError(f"{path} holds only weights: give the folder that holds this file and config.json")
     if not llmc.is_llmc(path):
         return open_ckpt(name, path, n_head)
     try:
@@ -150,7 +149,7 @@ def open_ckpt(name: str, path: Path, n_head: int | None) -> Source:
     weights = weights_from_nanogpt(weights)
     if lies_as_gpt2(weights):
         weights = weights_from_gpt2(weights)
-        model_args.pop("bias", None)  # it has the tanh form of GELU, as nanoGPT had before there was this key
+        model_args.pop("bias", None)  # GPT-2 has the tanh form of GELU, as nanoGPT had before this key existed
     try:
         config = config_from_nanogpt(model_args, weights)
     except ValueError as mistake:
@@ -179,21 +178,24 @@ def load_pickle(path: Path) -> Any:
 
 
 def parts_of(checkpoint: Any, path: Path, n_head: int | None) -> tuple[StateDict, dict]:
-    """The weights of a checkpoint and its model_args, or what can be said without them."""
+    """The weights of a checkpoint and its model_args. For a state dict, model_args has only what is known.
+
+    Raises ValueError if there are no weights, or if the number of heads is not known.
+    """
     key = next((key for key in WEIGHTS if isinstance(checkpoint, dict) and key in checkpoint), None)
-    weights = checkpoint if key is None else checkpoint[key]
+    weights = checkpoint if key is None else checkpoint[key]  # without such a key, it may be a state dict
     if not is_state_dict(weights) or (key is None and not weights):
         raise ValueError(
             f"{path} has no weights in `model` and no `model_args`: give a ckpt.pt that nanoGPT saved, or a state dict"
         )
     if key is not None and "model_args" in checkpoint:
         if not isinstance(checkpoint["model_args"], dict):
-            raise ValueError(f"{path} has no names in `model_args`: give a ckpt.pt that nanoGPT saved")
+            raise ValueError(f"the `model_args` of {path} are not a dict: give a ckpt.pt that nanoGPT saved")
         return weights, dict(checkpoint["model_args"])
     settings = checkpoint.get("config") if key is not None else None
     heads = settings.get("n_head", n_head) if isinstance(settings, dict) else n_head
     if heads is None:
-        raise ValueError(f"{path} does not say how many heads its model has: name the number by --n_head")
+        raise ValueError(f"{path} does not say how many heads its model has: give the number by --n_head")
     return weights, {"n_head": heads, "bias": None}
 
 
@@ -329,7 +331,7 @@ def adopt_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
 
 
 def find_file(name: str, file: str, revision: str | None = None) -> str | None:
-    """The path of a file of a folder or Hub id; None if there is no such file."""
+    """The path of a file in a folder or of a Hub id, on this machine; None if there is no such file."""
     path: str | None = cached_file(
         name,
         file,

@@ -63,8 +63,8 @@ def folder_written_aside(folder: Path) -> Iterator[Path]:
 
 
 def open_to_others(path: Path) -> None:
-    """Give a file the permissions that the umask leaves to a new one: safetensors writes for the owner alone."""
-    umask = os.umask(0)  # the only way to read it is to set it
+    """Give a file the permissions of an ordinary new file. safetensors writes files that only the owner may read."""
+    umask = os.umask(0)  # only a call that sets the umask also returns it
     os.umask(umask)
     path.chmod(0o666 & ~umask)
 
@@ -72,8 +72,8 @@ def open_to_others(path: Path) -> None:
 def flush(path: Path) -> None:
     """Wait until a file, or the list of names in a folder, is on the disk. Only then may a rename make it count.
 
-    Windows flushes a file only if it may be written, and does not open a folder at all. Some file systems, such as
-    those of a network, do not flush a folder: they send each rename to the server by themselves.
+    Windows flushes a file only if it is open for writing, and does not open a folder at all. Some network file systems
+    do not flush a folder, because they send each rename to the server at once.
     """
     with suppress(OSError) if path.is_dir() else nullcontext():
         descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)

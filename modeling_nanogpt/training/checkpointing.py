@@ -55,7 +55,7 @@ class TrainState:
             self.best_val_loss = math.inf
 
     def is_stale(self, patience: int) -> bool:
-        """Whether the last `patience` evaluations were no better than an earlier one. Patience 0 never ends."""
+        """Whether the last `patience` evaluations did not lower the validation loss. Never with patience 0."""
         return 0 < patience <= self.stale
 
 

@@ -24,7 +24,7 @@ class RunFacts:
     data: dict  # prepared.json of the data_dir
     step_tokens: int  # tokens in an optimizer step
     hardware: str  # processes, devices and precision
-    compiled: bool
+    compiled: bool  # by torch.compile
     resumed_from: Path | None  # the checkpoint that this run goes on from
     introduction: str  # the first lines of the log
 
@@ -81,7 +81,7 @@ def describe_run(
 
 
 def describe_start(start: Start, recipe: dict) -> str:
-    """Where a run starts, as the second line of the log says."""
+    """The second line of the log: where the run starts."""
     if start.checkpoint:
         return f"going on after step {start.state.step}, from {start.checkpoint}"
     return f"starting from {recipe['init_from']}"

@@ -16,7 +16,7 @@ def end_run(accelerator: Accelerator, saver: Saver, state: TrainState, *, stoppe
     `stopped_by` is the number of the signal that stopped the run, or 0. `failure` says why training failed, if it did.
     """
     out_dir, pusher = saver.out_dir, saver.pusher
-    if stopped_by and state.step > 0 and saver.saved_step != state.step:  # during an evaluation
+    if stopped_by and state.step > 0 and saver.saved_step != state.step:  # the signal came during an evaluation
         saver.save_checkpoint(state)
     if failure:
         failure += f"; the last good checkpoint: {newest_complete(out_dir) or 'none yet'}"

@@ -34,7 +34,7 @@ def windows_in_step(flags, processes: PartialState) -> int:
 
 
 def set_attention(model: PreTrainedModel, name: str) -> None:
-    """Let the model compute attention by this function. If a kernel cannot be loaded, one line says why."""
+    """Let the model compute attention by this function. If a kernel cannot be loaded, the process ends in one line."""
     try:
         model.set_attn_implementation(name)
     except Exception as error:  # of the Hub, of the connection, of a kernel that does not suit the GPU

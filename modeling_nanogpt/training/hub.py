@@ -186,7 +186,7 @@ def start_pusher(flags, out_dir: Path, accelerator: Accelerator) -> Pusher | Non
 
 
 class NoRun(ValueError):
-    """The repository is not there, or holds no checkpoint."""
+    """The repository does not exist, or does not hold a checkpoint."""
 
 
 def fetch_run(model_id: str, out_dir: Path) -> None:

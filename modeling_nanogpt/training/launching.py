@@ -12,7 +12,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, broadcast_object_list, parse_flag_from_env
 
-from ..arithmetic import PRECISIONS, check
+from ..arithmetic import PRECISIONS, check_flags
 
 PATIENCE = timedelta(days=1)  # how long the other processes wait while the main one prepares billions of tokens
 # how the processes of each kind train together
@@ -28,8 +28,8 @@ TOGETHER = {
 def join_processes(flags) -> PartialState:
     """What this process knows of the others.
 
-    Raises ValueError if something else would run than what was launched, or if the device cannot compute as the
-    trainer's flags say.
+    Raises ValueError if the run cannot be what was launched, or if the device cannot compute as the flags ask. `flags`
+    are the trainer's.
     """
     tasks = os.environ.get("SLURM_NTASKS", "1")
     if tasks != "1" and "SLURM_PROCID" in os.environ and "WORLD_SIZE" not in os.environ:
@@ -70,7 +70,7 @@ def join_processes(flags) -> PartialState:
         torch.set_num_threads(max(1, (psutil.cpu_count(logical=False) or 1) // processes.num_processes))
     if processes.device.type == "cpu":
         keep_freed_memory()
-    check(flags, processes.device)
+    check_flags(flags, processes.device)
     return processes
 
 

@@ -210,10 +210,11 @@ def in_one_line(text: str, longest: int = 90) -> str:
 
 def show_learning(samples: list[dict]) -> str:
     """The first sample of the first, a middle and the last save, as Markdown."""
-    chosen = {each["step"]: each["text"] for each in (samples[:1] + samples[len(samples) // 2 :][:1] + samples[-1:])}
-    return (
-        "\n\n".join(f"After {step:,} steps:\n\n{fence(text)}" for step, text in chosen.items()) or "None were drawn."
-    )
+    if not samples:
+        return "None were drawn."
+    middle = samples[len(samples) // 2]
+    chosen = {each["step"]: each["text"] for each in (samples[0], middle, samples[-1])}
+    return "\n\n".join(f"After {step:,} steps:\n\n{fence(text)}" for step, text in chosen.items())
 
 
 def fence(text: str, language: str = "text") -> str:

@@ -1,6 +1,7 @@
 """Signals are requests that the loop fulfils between two steps: SIGTERM, SIGINT, SIGHUP to stop, SIGUSR1 to save.
 
-An evaluation may take minutes, and what starts a run may wait for half a minute. So it is left between two batches.
+An evaluation may take minutes, but torchrun kills a run 30 seconds after it has passed a signal on. So a run that is
+asked to stop leaves an evaluation between two batches.
 """
 
 import os
@@ -18,14 +19,14 @@ SAVING = (signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()
 
 
 class Interrupted(Exception):
-    """A signal asks to stop, and what was going on may be left."""
+    """Raised in an evaluation that ends early, because a signal asks to stop."""
 
 
-CHECKS: list[Callable[[], None]] = []  # one for each context that may be left
+CHECKS: list[Callable[[], None]] = []  # one for each context `interrupting` that is open
 
 
 def leave_if_asked() -> None:
-    """Leave the context `interrupting`, if there is one and a signal asks to stop. Every process must call this."""
+    """Leave the open context `interrupting` if a signal asks to stop. Every process must call this."""
     for check in CHECKS:
         check()
 

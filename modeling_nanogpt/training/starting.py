@@ -48,10 +48,11 @@ class Start:
 
 
 def choose_start(recipe: dict, out_dir: Path) -> str:
-    """What a run starts from: `scratch`, `resume`, or a model or checkpoint, by its name.
+    """What a run starts from: `scratch`, `resume`, or the name of a model or checkpoint.
 
-    `auto` means resume if out_dir holds a complete checkpoint or the run on the Hub has pushed one, and otherwise what
-    start_from names. Brings a run that is to be resumed from the Hub. Raises ValueError if that is not possible.
+    `auto` becomes `resume` if out_dir holds a complete checkpoint, or if the run has pushed one to the Hub. Otherwise
+    `auto` becomes what start_from names. Fetches a run from the Hub if out_dir has no checkpoint. Raises ValueError if
+    the run cannot be fetched.
     """
     init_from, model_id = recipe["init_from"], recipe.get("hub_model_id")
     if init_from not in ("auto", "resume"):
