@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .configuration_nanogpt import NanoGPTConfig
 from .muon import arithmetic_dtype
@@ -20,6 +20,13 @@ ATTENTION = ("sdpa", "eager", "flex_attention")  # the functions that PyTorch it
 WIDE = 192
 # FLOPs of a run that takes about ten minutes on two CPU cores. Compiling takes about one minute.
 LONG = 1e14
+
+
+def move_to_accelerator(model: PreTrainedModel) -> torch.device:
+    """Move a model to the GPU, or to the machine's other accelerator. Returns the device, which is the CPU if none."""
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    model.to(device)  # type: ignore[arg-type]  # transformers wraps `to` in a way that mypy cannot follow
+    return device
 
 
 class Choice(NamedTuple):

@@ -47,10 +47,10 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from .arithmetic import move_to_accelerator
 from .convert import whole
 from .decoding import continue_prompt
 from .sample import encode, load
@@ -91,9 +91,7 @@ def make_page(name: str, revision: str | None, title: str) -> Any:
     import gradio as gr
 
     model, tokenizer = load(name, revision)
-    device = torch.accelerator.current_accelerator(check_available=True)
-    if device is not None:
-        model.to(device)  # type: ignore[arg-type]  # transformers wraps `to` in a way that mypy cannot follow
+    move_to_accelerator(model)
 
     def generate(prompt: str, temperature: float, top_k: float, length: float) -> Iterator[tuple[str, str]]:
         try:

@@ -134,7 +134,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .arithmetic import choose_precision
+from .arithmetic import choose_precision, move_to_accelerator
 from .card_notes import write_results
 from .scoring import read_split, sum_losses
 from .sources import first_line, load_model
@@ -270,8 +270,7 @@ def evaluate_tasks(arguments: argparse.Namespace) -> dict:
         )
     tokenizer = load_tokenizer(arguments.model, arguments.revision)
     model = load_model(arguments.model, arguments.revision)
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    model.to(device)  # type: ignore[arg-type]  # transformers wraps `to` in a way that mypy cannot follow
+    device = move_to_accelerator(model)
     harness_model = HFLM(model, tokenizer=tokenizer, batch_size=arguments.batch_size, device=str(device))
     try:
         results = lm_eval.simple_evaluate(

@@ -77,7 +77,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
 from transformers.utils import logging
 
-from .arithmetic import choose_precision
+from .arithmetic import choose_precision, move_to_accelerator
 from .decoding import continue_prompt, opening
 from .sources import first_line, load_model
 
@@ -128,11 +128,9 @@ def main(arguments: argparse.Namespace) -> None:
         prompts = [encode(tokenizer, prompt) for prompt in arguments.prompt or [None]]  # (1, T) each
     except ValueError as mistake:
         parser.error(str(mistake))
-    device = torch.accelerator.current_accelerator(check_available=True)
-    if device is not None:
-        model.to(device)  # type: ignore[arg-type]  # transformers wraps `to` in a way that mypy cannot follow
-    if choose_precision("auto", model.config, model.device).value == "bf16":
-        model.to(torch.bfloat16)  # type: ignore[arg-type]  # likewise
+    device = move_to_accelerator(model)
+    if choose_precision("auto", model.config, device).value == "bf16":
+        model.to(torch.bfloat16)  # type: ignore[arg-type]  # transformers wraps `to` in a way that mypy cannot follow
     set_seed(arguments.seed)
     rows = 1 if arguments.stream else arguments.num_samples
     started, count = time.perf_counter(), 0
