@@ -4,7 +4,7 @@
     accelerate launch train_accelerate.py hub_configs/shakespeare_char.yaml                another recipe
     accelerate launch --num_processes 8 train_accelerate.py RECIPE.yaml --batch_size=8     eight GPUs, and a flag
 
-A recipe is a YAML file of flags, and the command line wins over it. At each save, out_dir holds the model, complete.
+A recipe is a YAML file of flags, and the command line wins over it. After each save, out_dir holds a complete model.
 """
 
 import dataclasses
@@ -333,7 +333,7 @@ def main(model_args: ModelArguments, data_args: DataArguments, run_args: RunArgu
             break
 
     # --- The end: finished, stopped by a signal, or failed -----------------------------------------------------------
-    log.say(*record.read(state))  # what an evaluation that was left has not read
+    log.say(*record.read(state))  # the steps before an evaluation that a signal ended
     log.close()  # the bar and the trackers
     signals.restore()
     ending.end_run(accelerator, saver, state, stopped_by=signals.stop, failure=failure)

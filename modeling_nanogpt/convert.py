@@ -6,7 +6,7 @@
     python -m modeling_nanogpt.convert out-gpt2/ckpt.pt out/mine --tokenizer openai-community/gpt2
 
 SOURCE is a folder or Hub id with a model of this project or of GPT-2's architecture, nanoGPT's ckpt.pt or the folder
-that holds it, llm.c's model.bin, or a state dict, for which --n_head names the number of heads. DESTINATION is a new
+that holds it, llm.c's model.bin, or a state dict, for which --n_head gives the number of heads. DESTINATION is a new
 folder, or a new .gguf file. --to says what DESTINATION will hold:
 
     nanogpt   a model of this project with its code: training and sampling here start from it
@@ -18,7 +18,7 @@ folder, or a new .gguf file. --to says what DESTINATION will hold:
 
 Weights keep their dtype in nanogpt, gpt2 and ckpt. For the others, --dtype says how the file stores the matrices.
 
-A file carries no tokenizer, so --tokenizer has to name one. For a model trained on GPT-2's tokens this is
+A file does not hold a tokenizer, so --tokenizer has to name one. For a model trained on GPT-2's tokens this is
 openai-community/gpt2. For a model trained on the characters of input.txt, make the tokenizer first:
 
     python -m tokenization.prepare --corpus=input.txt --tokenizer=input.txt --data_dir=data/mine
@@ -43,10 +43,11 @@ from command_start import begin_command
 from .command_line import CommandParser
 
 FORMATS = ("nanogpt", "gpt2", "ckpt", "gguf", "onnx", "web")
-FILES = {"gguf": ".gguf"}  # formats that are one file; the others are folders
-# The first of each is the default. Other formats keep the dtype of the weights.
+FILES = {"gguf": ".gguf"}  # formats that are one file, with its suffix; the others are folders
+# Number formats of the matrices, the default first. Formats that are not here keep the dtype of the weights.
 DTYPES = {"gguf": ("f32", "f16", "q8_0"), "onnx": ("fp32", "fp16", "q8"), "web": ("fp32", "fp16", "q8")}
-PACKAGES = {"gguf": ("gguf",), "onnx": ("onnx", "onnxscript", "onnxruntime")}  # that a format needs
+# packages that a format needs
+PACKAGES = {"gguf": ("gguf",), "onnx": ("onnx", "onnxscript", "onnxruntime")}
 PACKAGES["web"] = PACKAGES["onnx"]
 
 parser = CommandParser("modeling_nanogpt.convert", usage="SOURCE DESTINATION [--flag VALUE ...]", description=__doc__)
@@ -61,7 +62,7 @@ parser.add_argument(
 )
 parser.add_path("--tokenizer", metavar="NAME", help="folder or Hub id of the tokenizer (default: the source's own)")
 parser.add_argument(
-    "--n_head", metavar="N", type=int, help="number of heads, for a state dict, which does not say this number"
+    "--n_head", metavar="N", type=int, help="number of heads of a state dict, which does not say this number"
 )
 parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a Hub id (default: main)")
 parser.add_path(
@@ -110,8 +111,8 @@ def convert(
 ) -> None:
     """Write `destination`, whole or not at all; raises ValueError if that is not possible.
 
-    `tokenizer` is a folder or Hub id, by default the source. A ckpt.pt of nanoGPT has no tokenizer and gets none.
-    `dtype` is one of DTYPES. A web page copies transformers.js from the folder `node_modules`, or takes it from a CDN.
+    `tokenizer` is a folder or Hub id, by default the source; the format ckpt does not hold a tokenizer. `dtype` is one
+    of DTYPES. A web page copies transformers.js from the folder `node_modules`, or with `cdn` loads it from a CDN.
     """
     check_destination(destination, to)
     check_dtype(dtype, to)
@@ -125,7 +126,7 @@ def convert(
         raise ValueError(f"--n_head={n_head}, but {source} has n_head={opened.config.n_head}: leave it out")
     chosen = None if to == "ckpt" else choose_tokenizer(opened, tokenizer, revision)
     if chosen and to == "gguf":
-        read_vocabulary(chosen)  # refuses a tokenizer that llama.cpp does not have, before any weight is read
+        read_vocabulary(chosen)  # before weights are read: a ValueError if llama.cpp does not know such a tokenizer
     if to in ("onnx", "web"):
         check_size(opened.config)
     if opened.has_optimizer:
@@ -250,7 +251,7 @@ def write_gpt2(folder: Path, config: NanoGPTConfig, weights: StateDict, tokenize
     )
     adopt_tokenizer(stock, tokenizer)
     if tokenizer.unk_token is None:
-        tokenizer.unk_token = tokenizer.eos_token  # as GPT-2's own has it: CTranslate2 fails without one
+        tokenizer.unk_token = tokenizer.eos_token  # as in GPT-2's own; CTranslate2 fails without an unknown token
     stock.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -264,7 +265,7 @@ def write_onnx_gpt2(
     adopt_tokenizer(stock, tokenizer)
     (folder / "onnx").mkdir(parents=True)
     write_onnx(folder / "onnx", stock, dtype)
-    # What the model's own save_pretrained writes beside the weights. transformers.js loads the dtype that is named.
+    # What save_pretrained of the model would write beside the weights. transformers.js loads the dtype named here.
     stock.config.architectures = ["GPT2LMHeadModel"]
     stock.config.update({"transformers.js_config": {"dtype": dtype}})
     stock.config.save_pretrained(folder)

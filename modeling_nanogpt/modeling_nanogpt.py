@@ -426,7 +426,7 @@ class NanoGPTForCausalLM(NanoGPTPreTrainedModel, GenerationMixin):
 
 
 class NanoGPTHead(NanoGPTPreTrainedModel):
-    """What the heads share: the mixins can make their GPT, whichever code the configuration came with."""
+    """What the heads share: a GPT in each, also if the code of the configuration came with a checkpoint."""
 
     def __init__(self, config: NanoGPTConfig):
         super().__init__(config)
@@ -441,13 +441,13 @@ class NanoGPTForSequenceClassification(GenericForSequenceClassification, NanoGPT
 
 
 class NanoGPTForTokenClassification(GenericForTokenClassification, NanoGPTHead):
-    """Logits (B, T, num_labels) of tokens. Each token sees the tokens before it alone."""
+    """Logits (B, T, num_labels) of tokens. Each token only sees the tokens before it."""
 
     base_model_prefix = "transformer"
 
 
 class NanoGPTForQuestionAnswering(GenericForQuestionAnswering, NanoGPTHead):
-    """Logits (B, T) of where an answer starts, and as many of where the answer ends."""
+    """Logits (B, T) of the places where an answer starts, and logits (B, T) of the places where the answer ends."""
 
     base_model_prefix = "transformer"
     get_input_embeddings = NanoGPTPreTrainedModel.get_input_embeddings  # the mixin's expect another name than wte

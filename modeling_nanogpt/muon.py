@@ -65,7 +65,7 @@ def shard_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def gather(shard: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The whole of a tensor that is sharded as `like`. Every process takes part."""
+    """The whole of a tensor that is sharded in the same way as `like`. Every process must call this."""
     if not isinstance(like, DTensor):
         return shard
     sharded = DTensor.from_local(
@@ -118,7 +118,7 @@ class Muon(torch.optim.Optimizer):
     def _momentum(
         self, params: list[nn.Parameter], momentum: float, skip: torch.Tensor | None
     ) -> tuple[torch.Tensor, ...]:
-        """Blend the gradients into the momenta. Returns Nesterov's look-ahead, in the shapes of the own shards."""
+        """Blend the gradients into the momenta. Returns Nesterov's look-ahead, for the shards of this process."""
         for p in params:
             if not self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
@@ -150,7 +150,7 @@ class Muon(torch.optim.Optimizer):
             if isinstance(p, DTensor):
                 whole = torch.empty(p.shape, dtype=step.dtype, device=step.device)
                 as_matrices(whole, group["parts"]).copy_(step)
-                mine = distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)  # sends nothing
+                mine = distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)  # no communication
                 shard_of(p).sub_(shard_of(mine), alpha=scale)
             else:
                 as_matrices(p, group["parts"]).sub_(step, alpha=scale)
