@@ -19,9 +19,9 @@ from modeling_nanogpt import NanoGPTConfig
 from modeling_nanogpt.throughput import flops_per_token
 
 ROOT = Path(__file__).parent.parent
-SHAPES = [(1, 32), (2, 48), (2, 64), (3, 96), (4, 128)]  # layers and width; heads are 32 wide or less
+SHAPES = [(1, 32), (2, 48), (2, 64), (3, 96), (4, 128)]  # layers and width; a head is 32 or 48 wide
 BUDGETS = [2e11, 5e11, 1.25e12]  # FLOPs of a run
-STEP_TOKENS = 8 * 128
+STEP_TOKENS = 8 * 128  # the quickstart's windows in a step, times tokens in a window
 VOCAB, CONTEXT = 1024, 128
 
 
@@ -54,14 +54,17 @@ def fit_power(x: list[float], y: list[float]) -> tuple[float, float]:
 
 
 def lowest_point(runs: list[dict]) -> tuple[float, float, np.ndarray]:
-    """Size and loss at the bottom of a parabola through the losses over the logarithm of the size; the parabola."""
+    """The size and the loss at the lowest point of a parabola, and the parabola's coefficients, highest power first.
+
+    The parabola is fitted to the losses (nats a token) over the logarithm of the size (parameters).
+    """
     parabola = np.polyfit(np.log([run["parameters"] for run in runs]), [run["loss"] for run in runs], 2)
     a, b, c = parabola
     return float(np.exp(-b / (2 * a))), float(c - b * b / (4 * a)), parabola
 
 
 def do_missing_runs(path: Path) -> list[dict]:
-    """All runs: those that the file has, and those that it has not, which are done now and added to it."""
+    """Do the runs that the file does not have, and add them to it. Returns all runs, by size."""
     done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     known = {(*run["shape"], run["budget"]) for run in done}
     with tempfile.TemporaryDirectory() as folder:
@@ -90,7 +93,8 @@ def main() -> None:
         print(f"{budget:.3g} FLOPs: the best size is {size:,.0f} parameters, with a loss of {loss:.3f}")
     exponent, factor = fit_power(BUDGETS, losses)
     print(f"lowest loss = {factor:.3g} * FLOPs ** {exponent:.4f}")
-    print(f"best size = {fit_power(BUDGETS, sizes)[1]:.3g} * FLOPs ** {fit_power(BUDGETS, sizes)[0]:.2f}")
+    size_exponent, size_factor = fit_power(BUDGETS, sizes)
+    print(f"best size = {size_factor:.3g} * FLOPs ** {size_exponent:.2f}")
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     by_flops, by_size = figure.subplots(1, 2, sharey=True)

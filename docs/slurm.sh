@@ -1,5 +1,5 @@
 #!/bin/bash
-# Train under Slurm, on one machine or several. The same command begins a run and goes on with it:
+# Train under Slurm, on one machine or several. The same command starts a new run or resumes a stopped one:
 #
 #     sbatch docs/slurm.sh hub_configs/gpt2_124m.yaml --out_dir=/shared/out/gpt2
 #
@@ -10,7 +10,7 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=32
 #SBATCH --time=04:00:00
-#SBATCH --requeue                  # Slurm may take the machines away, and starts the job again later
+#SBATCH --requeue                  # if Slurm takes the machines away, it starts the job again later
 #SBATCH --open-mode=append         # one log for all parts of the run
 #SBATCH --signal=B:USR1@180        # three minutes before the time is over, this script gets SIGUSR1
 

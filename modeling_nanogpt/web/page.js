@@ -24,7 +24,9 @@ async function* continuePrompt(model, ids, {length, temperature, topK}) {
   const contextSize = model.config.n_positions;
   const stride = Math.max(Math.floor(contextSize / 2), 1);
   const end = model.config.eos_token_id;
-  let context = ids.slice(-contextSize), unread = context, cache = null;
+  let context = ids.slice(-contextSize); // what the model sees
+  let unread = context; // what the cache does not hold yet
+  let cache = null;
   for (let step = 0; step < length; step++) {
     const outputs = await model({
       input_ids: integers(unread),
@@ -39,7 +41,8 @@ async function* continuePrompt(model, ids, {length, temperature, topK}) {
       context = [...context, token];
       cache = keep(outputs);
     } else {
-      unread = context = [...context.slice(stride), token];
+      context = [...context.slice(stride), token];
+      unread = context;
       cache = null;
     }
   }
@@ -50,7 +53,7 @@ function integers(row) {
   return new Tensor("int64", BigInt64Array.from(row, BigInt), [1, row.length]);
 }
 
-// The cache for the next step.
+// The cache for the next step, out of the outputs of this one.
 function keep(outputs) {
   const entries = Object.entries(outputs).filter(([name]) => name.startsWith("present"));
   return new DynamicCache(
@@ -83,13 +86,15 @@ async function generate(model, tokenizer) {
 
   let ids = tokenizer.encode(prompt || "\n");
   if (ids.length === 0) ids = [model.config.eos_token_id ?? 0];
-  const tokens = [], start = performance.now();
-  let first = 0, painted = start;
+  const tokens = [];
+  const started = performance.now(); // milliseconds, as the next two
+  let first = 0;
+  let painted = started;
   const report = () => {
     const seconds = (performance.now() - first) / 1000;
     const rate = tokens.length > 1 ? `, then ${((tokens.length - 1) / seconds).toFixed(0)} tokens/s` : "";
     continuation.textContent = tokenizer.decode(tokens, {skip_special_tokens: true});
-    at("status").textContent = `${tokens.length} tokens: the first after ${(first - start).toFixed(0)} ms${rate}`;
+    at("status").textContent = `${tokens.length} tokens: the first after ${(first - started).toFixed(0)} ms${rate}`;
   };
   for await (const token of continuePrompt(model, ids, numbers)) {
     tokens.push(token);
