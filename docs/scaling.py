@@ -2,8 +2,9 @@
 
     python docs/scaling.py docs/scaling.jsonl docs/scaling.png     do the missing runs, print the tables, draw
 
-This is Chinchilla's approach 2, small: of all sizes that were trained with equal FLOPs, which is the best one? A
-finished run is a line in the file, and is not repeated. Each run is the quickstart's, with another shape and length.
+This is a small version of Chinchilla's approach 2 (arXiv 2203.15556): of all sizes that were trained with equal FLOPs,
+which is the best one? A finished run is a line in the file, and is not repeated. Each run is the quickstart's, with
+another shape and length.
 """
 
 import json
