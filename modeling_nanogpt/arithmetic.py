@@ -18,7 +18,7 @@ ATTENTION = ("sdpa", "eager", "flex_attention")  # the functions that PyTorch it
 # bfloat16 takes as long as one in float32 if the model is 128 wide, two thirds of the time at 192 wide, and even less
 # if the model is wider.
 WIDE = 192
-# FLOPs of a run that takes about ten minutes on two CPU cores. Compiling takes about one minute.
+# FLOPs of a run that takes a CPU about ten minutes or more. Compiling takes about one minute.
 LONG = 1e14
 
 

@@ -18,8 +18,9 @@ folder, or a new .gguf file. --to says what DESTINATION will hold:
 
 Weights keep their dtype in nanogpt, gpt2 and ckpt. For the others, --dtype says how the file stores the matrices.
 
-A file does not hold a tokenizer, so --tokenizer has to name one. For a model trained on GPT-2's tokens this is
-openai-community/gpt2. For a model trained on the characters of input.txt, make the tokenizer first:
+A ckpt.pt, a model.bin and a state dict do not hold a tokenizer, so --tokenizer has to name one. For a model trained on
+GPT-2's tokens this is openai-community/gpt2. For a model trained on the characters of input.txt, first make the
+tokenizer:
 
     python -m tokenization.prepare --corpus=input.txt --tokenizer=input.txt --data_dir=data/mine
     python -m modeling_nanogpt.convert out-char/ckpt.pt out/mine --tokenizer data/mine

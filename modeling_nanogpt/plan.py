@@ -73,7 +73,8 @@ def read_value(key: str, text: str):
             raise ValueError(f"{key}={text}, but it must be true or false")
         return text.lower() in TRUE
     if "str" in kind:
-        if text not in CHOICES.get(key, (text,)):
+        is_kernel = key == "attn_implementation" and "/" in text  # on the Hub
+        if text not in CHOICES.get(key, (text,)) and not is_kernel:
             raise ValueError(f"{key}={text}, but it must be one of {', '.join(CHOICES[key])}")
         return text
     try:

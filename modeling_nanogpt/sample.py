@@ -40,7 +40,7 @@ parser.add_number("--temperature", 0.8, "randomness of the choice; 0 always take
 parser.add_number("--top_k", 200, "number of likeliest tokens to choose from; 0 means all tokens")
 parser.add_number("--stride", 0, "tokens that are dropped at once from a full context; 0 means half of it")
 parser.add_number("--seed", 1337, "seed of the random choices", below=2**32)
-parser.add_argument("--compile", action="store_true", help="compile a step: takes a while first, pays for long texts")
+parser.add_argument("--compile", action="store_true", help="compile a step: slow to start, then faster")
 parser.add_argument("--stream", action="store_true", help="print each sample as it comes, one after the other")
 
 

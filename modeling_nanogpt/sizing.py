@@ -4,7 +4,7 @@
     python -m modeling_nanogpt.sizing out/quickstart --batch_size=64 --plot sizing.png
     python -m modeling_nanogpt.sizing hub_configs/gpt2_124m.yaml --n_layer=24 --n_head=16 --n_embd=1024 --gpus=8
 
-The model is that of a recipe, a folder, a Hub id or nanoGPT's ckpt.pt. The command downloads only a config.json, and
+The model comes from a recipe, a folder, a Hub id or nanoGPT's ckpt.pt. The command downloads only a config.json, and
 does not read weights. Flags of the trainer win over the recipe. Memory is the bytes of tensors in eager PyTorch, by
 formulas that the tests compare with measurements. docs/sizing.md says what is counted.
 """
@@ -39,7 +39,7 @@ HELP = {
     "optimizer": "adamw or muon",
     "dtype": "arithmetic; auto is counted as bfloat16, as on a GPU",
     "gradient_checkpointing": "compute activations twice: less memory, more time",
-    "attn_implementation": "attention function: sdpa or eager",
+    "attn_implementation": "attention function: eager keeps all scores in memory, and any other does not",
 }
 UNITS = {"GiB": 2**30, "MiB": 2**20, "GB": 10**9, "MB": 10**6}
 FREE = 0.1  # part of a GPU's memory that is left free for the CUDA process itself, and for fragments
@@ -48,9 +48,9 @@ parser = CommandParser("modeling_nanogpt.sizing", usage="RECIPE|MODEL [--flag VA
 parser.add_path("subject", metavar="RECIPE|MODEL", help="recipe (a .yaml file), or folder or Hub id of a model")
 parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a Hub id (default: main)")
 parser.add_argument(
-    "--memory", metavar="SIZE", default="24GiB", help="memory of a GPU, as 24GiB or 80GB (default: 24GiB)"
+    "--memory", metavar="SIZE", default="24GiB", help="memory of a GPU, such as 24GiB or 80GB (default: 24GiB)"
 )
-parser.add_argument("--gpu", metavar="NAME", default="A100", help="GPU to train on, as H100 (default: A100)")
+parser.add_argument("--gpu", metavar="NAME", default="A100", help="GPU to train on, such as H100 (default: A100)")
 parser.add_number("--gpus", 1, "number of these GPUs", at_least=1)
 # nanoGPT's notebook transformer_sizing measured 37 % for a GPT-2 of 124M parameters on an A100
 parser.add_number("--mfu", 0.37, "part of the GPU's FLOP/s that training uses", below=1)

@@ -166,7 +166,14 @@ def test_no_other_size_with_as_many_flops_has_a_lower_loss(fit):
 # The command
 
 
-@pytest.mark.parametrize("lines", ["block_size: 64\n", "tokenizer: bpe\nvocab_size: 300\nbias: true\n"])
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "block_size: 64\n",
+        "tokenizer: bpe\nvocab_size: 300\nbias: true\n",
+        "attn_implementation: kernels-community/flash-attn3\n",
+    ],
+)
 def test_a_plan_is_what_the_trainer_reads_in_the_same_recipe(lines, tmp_path):
     (tmp_path / "recipe.yaml").write_text(lines)
     flags = {
