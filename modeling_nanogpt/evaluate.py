@@ -245,7 +245,7 @@ def evaluate(arguments: argparse.Namespace, device: torch.device) -> dict:
     results = {"loss": loss, "perplexity": exponential(loss)}
     if words and size:  # every token of a text is predicted
         results |= {"bits_per_byte": nats / math.log(2) / size, "word_perplexity": exponential(nats / words)}
-    elif size:  # nothing predicts the first token of a split: the mean loss of the others is taken for it
+    elif size:  # the first token of a split is not predicted: it counts as much as the others do on average
         results |= {"bits_per_byte": loss / math.log(2) * tokens / size}
     return {"model": name, "subject": subject, "tokens": targets, "bytes": size, "seconds": seconds} | results
 

@@ -18,7 +18,7 @@ CHOICES = {
     "attn_implementation": ("sdpa", "eager", "flex_attention"),
 }
 GPT2_TOKENS = 50257
-# n_layer, n_head and n_embd of OpenAI's models, so that nothing has to be fetched to size them
+# n_layer, n_head and n_embd of OpenAI's models, so that they can be sized without a download
 GPT2_SHAPES = {
     "gpt2": (12, 12, 768),
     "gpt2-medium": (24, 16, 1024),
