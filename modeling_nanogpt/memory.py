@@ -85,47 +85,52 @@ def training_memory(
     several micro-batches, or several processes share their gradients.
     """
     assert config.intermediate_size is not None
-    parts = parameters_by_part(config)
     number = FLOAT if dtype == "float32" else 2  # bytes of a number in a matrix product
     lowered = number < FLOAT  # then autocast copies the matrices and the results of the layer norms
-    tokens = batch_size * config.block_size
-    stream = FLOAT * tokens * config.n_embd  # the residual stream, (B, T, C)
-    narrow = number * tokens * config.n_embd  # (B, T, C) in the arithmetic's dtype
-    wide = number * tokens * config.intermediate_size  # inside an MLP
-    logits = tokens * config.vocab_size  # numbers, not bytes
-    weights = FLOAT * sum(parts.values())
+    weights = FLOAT * sum(parameters_by_part(config).values())
     moments = optimizer_bytes(config, optimizer)
-    head = config.vocab_size * config.n_embd  # numbers, not bytes
-    matrices = sum(rows * columns * count for (rows, columns), count in block_matrices(config).items())
+    fixed = weights + moments
+    held_gradients = weights if keeps_gradients else 0
 
-    # What one block keeps: the inputs of both norms; the inputs of four matrices, q, k, v, and the input of the GELU.
+    # Counts of numbers. A tensor of so many numbers takes FLOAT times as many bytes, or `number` times as many.
+    tokens = batch_size * config.block_size
+    logit_count = tokens * config.vocab_size
+    head_count = config.vocab_size * config.n_embd
+    matrix_count = sum(rows * columns * count for (rows, columns), count in block_matrices(config).items())
+
+    # Bytes of activations and of autocast's copies
+    stream = FLOAT * tokens * config.n_embd  # the residual stream, (B, T, C)
+    narrow = number * tokens * config.n_embd  # (B, T, C) in the dtype of the products
+    wide = number * tokens * config.intermediate_size  # inside an MLP
+    head_copy = number * head_count if lowered else 0
+    logits_copy = number * logit_count if lowered else 0
+    block_copies = number * matrix_count if lowered else 0  # the matrices of all blocks
+
+    # What one block keeps: the inputs of both norms; the inputs of four matrices, q, k, v, and the input of the GELU;
+    # and for each token two statistics of each norm and one of each attention head.
     block = 2 * stream + 6 * narrow + 2 * wide + FLOAT * tokens * (4 + config.n_head)
     if config.dropout:
         block += 2 * tokens * config.n_embd  # a mask of one byte after each of the two projections
-    if attention == "eager":  # the softmax in float32, and what it is cast to
+    if attention == "eager":  # the softmax in float32, its copy in the dtype of the products, and dropout's mask
         scores = batch_size * config.n_head * config.block_size**2
         block += scores * (FLOAT + (number if lowered else 0) + (2 if config.dropout else 0))
-    copies = number * matrices if lowered else 0  # of the blocks' matrices
-    ends = stream + narrow + (number * head if lowered else 0) + FLOAT * logits  # the last norm, the head, the loss
-    kept = config.n_layer * (stream if gradient_checkpointing else block)  # by all blocks
-    if not gradient_checkpointing:
-        kept += copies
-    activations = kept + ends
 
-    # At its end, the forward pass has the logits, their copy in float32, and the log-probabilities, which it keeps.
-    end_of_forward = (number * logits if lowered else 0) + FLOAT * logits
-    if gradient_checkpointing:
-        end_of_forward += copies  # autocast keeps them until the forward pass ends
-    start_of_backward = 2 * FLOAT * logits  # two gradients of the size of the logits
+    # What the forward pass keeps for the backward pass: of the blocks; of the last norm, the head and the loss
+    kept = config.n_layer * stream if gradient_checkpointing else config.n_layer * block + block_copies
+    activations = kept + stream + narrow + head_copy + FLOAT * logit_count
+
+    # What exists for a while. The forward pass ends with the logits and their copy in float32, beside the
+    # log-probabilities that it keeps. Autocast keeps its copies until then. The backward pass begins with two
+    # gradients of the size of the logits.
+    end_of_forward = logits_copy + FLOAT * logit_count + (block_copies if gradient_checkpointing else 0)
+    start_of_backward = 2 * FLOAT * logit_count
     in_a_block = stream + wide + (narrow if lowered else 0)  # gradients on their way through an MLP
-    recomputed = block + copies // config.n_layer if gradient_checkpointing else 0
-    fixed = weights + moments
-    held = weights if keeps_gradients else 0  # gradients
+    recomputed = block + block_copies // config.n_layer if gradient_checkpointing else 0
     # A tied embedding has a gradient as the head and another as the table, besides their sum.
-    of_embedding = FLOAT * head * (2 * int(config.tie_word_embeddings) + int(keeps_gradients))
+    of_embedding = FLOAT * head_count * (2 * int(config.tie_word_embeddings) + int(keeps_gradients))
     peaks = {
-        "the loss": fixed + held + activations + max(end_of_forward, start_of_backward),
-        "the last block's backward": fixed + max(held, FLOAT * head) + kept + recomputed + in_a_block,
+        "the loss": fixed + held_gradients + activations + max(end_of_forward, start_of_backward),
+        "the last block's backward": fixed + max(held_gradients, FLOAT * head_count) + kept + recomputed + in_a_block,
         "the first block's backward": fixed + weights + kept // config.n_layer + recomputed + in_a_block,
         "the embedding's backward": fixed + weights + of_embedding,
         "the optimizer's step": fixed + weights + (muon_bytes(config) if optimizer == "muon" else 0),
