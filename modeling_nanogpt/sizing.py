@@ -125,6 +125,8 @@ from .scaling_laws import CORRECTED, PUBLISHED, TABLE_A3, tokens_by_table
 from .sources import choose_config, open_source
 from .throughput import flops_per_token, forward_flops
 
+FITS = {"published fit": PUBLISHED, "corrected fit": CORRECTED}
+
 
 def find_config(subject: str, revision: str | None, plan: Plan) -> tuple[NanoGPTConfig, int, str]:
     """The shape of the model, its number of tokens without padding, and where this number comes from.
@@ -311,54 +313,23 @@ def show_memory(results: dict, config: NanoGPTConfig, arguments: argparse.Namesp
 
 
 def draw(path: str, results: dict, arguments: argparse.Namespace) -> None:
-    """Draw four panels: memory over micro-batches; and, by Chinchilla, loss over size and tokens, loss over size with
-    equal FLOPs, and the best number of tokens for a size.
-    """
+    """Draw four panels: memory over micro-batches, and three of Chinchilla's laws."""
     import numpy as np
     from matplotlib.figure import Figure
 
-    parameters, tokens = results["parameters"], results["tokens of the run"]
-    flops = results["Chinchilla"]["FLOPs"]
-    figure = Figure(figsize=(12, 9), layout="constrained")
-    (by_batch, plane), (by_size, line) = figure.subplots(2, 2)
-
-    batches = np.unique(np.linspace(1, max(4, 2 * arguments.plan.batch_size), 60).astype(int))
-    for name, checkpoints in (("without gradient checkpointing", False), ("with", True)):
-        settings = results["settings"] | {"gradient_checkpointing": checkpoints, "keeps_gradients": True}
-        peaks = [training_memory(batch_size=int(batch), **settings).peak / 2**30 for batch in batches]
-        by_batch.plot(batches, peaks, label=name)
-    by_batch.axhline(arguments.memory / 2**30, color="gray", linestyle="--", label=f"{gib(arguments.memory)} of a GPU")
-    by_batch.axvline(arguments.plan.batch_size, color="gray", linewidth=0.8, linestyle=":", label="the micro-batch")
-    by_batch.set(xlabel="windows in a micro-batch", ylabel="GiB at the peak", title="memory to train")
-    by_batch.set_ylim(bottom=0)
-    by_batch.legend(frameon=False)
-
+    parameters = results["parameters"]
+    tokens = results["tokens of the run"]
     sizes = np.geomspace(min(1e6, parameters / 10), max(1e11, parameters * 10), 200)
     counts = np.geomspace(min(1e8, tokens / 10), max(1e13, tokens * 10), 200)
-    losses = np.array([[CORRECTED.loss(size, count) for count in counts] for size in sizes])
-    lines = plane.contour(counts, sizes, losses, levels=[2, 2.2, 2.5, 3, 3.5, 4, 5, 7], colors="C0", linewidths=0.8)
-    plane.clabel(lines, fmt="%g", fontsize=8)
-    powers = [10.0**power for power in range(14, 28, 2)]
-    work = 6 * sizes[:, None] * counts[None, :]
-    lines = plane.contour(counts, sizes, work, levels=powers, colors="C1", linewidths=0.8, linestyles="--")
-    plane.clabel(lines, fmt=lambda level: f"{level:.0e} FLOPs", fontsize=8)
+    figure = Figure(figsize=(12, 9), layout="constrained")
+    (by_batch, plane), (by_size, line) = figure.subplots(2, 2)
+    draw_memory(by_batch, results["settings"], arguments)
+    draw_losses(plane, sizes, counts)
+    draw_sizes(by_size, results["Chinchilla"]["FLOPs"])
+    draw_best_tokens(line, sizes)
     plane.plot([tokens], [parameters], "ko", label="this run")
-    plane.set(xlabel="tokens", ylabel="parameters", title="loss by Chinchilla's corrected fit, and FLOPs")
     plane.legend(loc="upper left")
-
-    for number, (name, fit) in enumerate((("published fit", PUBLISHED), ("corrected fit", CORRECTED))):
-        best, _ = fit.best_size(flops)
-        around = np.geomspace(best / 30, best * 30, 200)
-        label = f"{name}: best with {short(best)}"
-        by_size.plot(around, [fit.loss(size, flops / 6 / size) for size in around], color=f"C{number}", label=label)
-        by_size.axvline(best, color=f"C{number}", linewidth=0.8, linestyle="--")
-        line.plot(sizes, [fit.best_tokens(size) for size in sizes], color=f"C{number}", label=name)
-    by_size.set(xlabel="parameters", ylabel="loss, nats a token", title=f"loss of all sizes with {flops:.2g} FLOPs")
-    by_size.legend(frameon=False)
-    line.plot(sizes, [tokens_by_table(size) for size in sizes], "C2", linewidth=1, label="line through table A3")
-    line.plot(*zip(*TABLE_A3, strict=True), "C2.", label="table A3")
     line.plot([parameters], [tokens], "ko", label="this run")
-    line.set(xlabel="parameters", ylabel="tokens", title="the best number of tokens for a size")
     line.legend(frameon=False)
     for axes in (plane, line):
         axes.set_yscale("log")
@@ -368,6 +339,58 @@ def draw(path: str, results: dict, arguments: argparse.Namespace) -> None:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=100)
+
+
+def draw_memory(axes, settings: dict, arguments: argparse.Namespace) -> None:
+    """The peak over the size of the micro-batch, with and without gradient checkpointing."""
+    import numpy as np
+
+    batch_size = arguments.plan.batch_size
+    batches = np.unique(np.linspace(1, max(4, 2 * batch_size), 60).astype(int))
+    for name, checkpoints in (("without gradient checkpointing", False), ("with", True)):
+        changed = settings | {"gradient_checkpointing": checkpoints, "keeps_gradients": True}
+        peaks = [training_memory(batch_size=int(batch), **changed).peak / 2**30 for batch in batches]
+        axes.plot(batches, peaks, label=name)
+    axes.axhline(arguments.memory / 2**30, color="gray", linestyle="--", label=f"{gib(arguments.memory)} of a GPU")
+    axes.axvline(batch_size, color="gray", linewidth=0.8, linestyle=":", label="the micro-batch")
+    axes.set(xlabel="windows in a micro-batch", ylabel="GiB at the peak", title="memory to train")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
+
+
+def draw_losses(axes, sizes, counts) -> None:
+    """Lines of equal loss and lines of equal FLOPs, over the number of tokens and the size."""
+    losses = CORRECTED.loss(sizes[:, None], counts[None, :])
+    lines = axes.contour(counts, sizes, losses, levels=[2, 2.2, 2.5, 3, 3.5, 4, 5, 7], colors="C0", linewidths=0.8)
+    axes.clabel(lines, fmt="%g", fontsize=8)
+    powers = [10.0**power for power in range(14, 28, 2)]
+    work = 6 * sizes[:, None] * counts[None, :]  # FLOPs
+    lines = axes.contour(counts, sizes, work, levels=powers, colors="C1", linewidths=0.8, linestyles="--")
+    axes.clabel(lines, fmt=lambda level: f"{level:.0e} FLOPs", fontsize=8)
+    axes.set(xlabel="tokens", ylabel="parameters", title="loss by Chinchilla's corrected fit, and FLOPs")
+
+
+def draw_sizes(axes, flops: float) -> None:
+    """The losses of all sizes that are trained with equal FLOPs."""
+    import numpy as np
+
+    for number, (name, fit) in enumerate(FITS.items()):
+        best, _ = fit.best_size(flops)
+        sizes = np.geomspace(best / 30, best * 30, 200)
+        label = f"{name}: best with {short(best)}"
+        axes.plot(sizes, [fit.loss(size, flops / 6 / size) for size in sizes], color=f"C{number}", label=label)
+        axes.axvline(best, color=f"C{number}", linewidth=0.8, linestyle="--")
+    axes.set(xlabel="parameters", ylabel="loss, nats a token", title=f"loss of all sizes with {flops:.2g} FLOPs")
+    axes.legend(frameon=False)
+
+
+def draw_best_tokens(axes, sizes) -> None:
+    """The best number of tokens for each size, by the fits and by the table."""
+    for number, (name, fit) in enumerate(FITS.items()):
+        axes.plot(sizes, [fit.best_tokens(size) for size in sizes], color=f"C{number}", label=name)
+    axes.plot(sizes, [tokens_by_table(size) for size in sizes], "C2", linewidth=1, label="line through table A3")
+    axes.plot(*zip(*TABLE_A3, strict=True), "C2.", label="table A3")
+    axes.set(xlabel="parameters", ylabel="tokens", title="the best number of tokens for a size")
 
 
 def to_json(results: dict) -> str:
