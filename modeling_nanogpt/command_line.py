@@ -7,6 +7,7 @@ import argparse
 import difflib
 import math
 import os
+from pathlib import Path
 from typing import NoReturn
 
 
@@ -55,6 +56,15 @@ class CommandParser(argparse.ArgumentParser):
             if not value < below:
                 self.error(f"{flag}={value}, but it must be below {below}")
         return values
+
+    def read_text(self, flag: str, path: Path) -> str:
+        """The text of the UTF-8 file that a flag names, every byte of it. A mistake ends the process."""
+        try:
+            return path.read_bytes().decode("utf-8")
+        except OSError as error:
+            self.error(f"{flag}: {path} cannot be read: {error.strerror}")
+        except UnicodeDecodeError as error:
+            self.error(f"{flag}: {path} is not UTF-8 text (at byte {error.start})")
 
     def check_picture(self, flag: str, path: str) -> None:
         """End the process if no picture can be written to the path that a flag gives."""

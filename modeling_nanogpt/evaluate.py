@@ -68,7 +68,9 @@ def parse_arguments() -> argparse.Namespace:
     if arguments.data_dir:
         arguments.record = read_record(Path(arguments.data_dir), arguments.split)
     elif arguments.text:
-        arguments.content = read_text(Path(arguments.text))
+        arguments.content = parser.read_text("--text", Path(arguments.text))
+        if not arguments.content:
+            parser.error(f"--text: {arguments.text} is empty: give a file with text")
     else:
         check_lm_eval(arguments)
     return arguments
@@ -94,19 +96,6 @@ def read_record(data_dir: Path, split: str) -> dict:
             f"--data_dir={data_dir} is not a folder that tokenization.prepare made: give another --data_dir, or --text"
         )
     parser.error(f"--data_dir={data_dir}: the split {split} has no token to predict: give another --split")
-
-
-def read_text(path: Path) -> str:
-    """The text of a file, every byte of it. A mistake ends the process."""
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except OSError as error:
-        parser.error(f"--text: {path} cannot be read: {error.strerror}")
-    except UnicodeDecodeError as error:
-        parser.error(f"--text: {path} is not UTF-8 text (at byte {error.start})")
-    if not text:
-        parser.error(f"--text: {path} is empty")
-    return text
 
 
 def check_lm_eval(arguments: argparse.Namespace) -> None:

@@ -51,20 +51,11 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"--revision={arguments.revision} is for a Hub id, but {arguments.model} is on this machine")
     for i, prompt in enumerate(arguments.prompt or ()):
         if prompt.startswith("FILE:"):
-            arguments.prompt[i] = read_prompt(Path(prompt.removeprefix("FILE:")).expanduser())
+            path = Path(prompt.removeprefix("FILE:")).expanduser()
+            arguments.prompt[i] = parser.read_text("--prompt", path)
         if not arguments.prompt[i]:
             parser.error("--prompt is empty: a model needs at least one token to continue")
     return arguments
-
-
-def read_prompt(path: Path) -> str:
-    """The text of a file, every byte of it: line ends and blanks count."""
-    try:
-        return path.read_bytes().decode("utf-8")
-    except OSError as error:
-        parser.error(f"--prompt: {path} cannot be read: {error.strerror}")
-    except UnicodeDecodeError as error:
-        parser.error(f"--prompt: {path} is not UTF-8 text (at byte {error.start})")
 
 
 if __name__ == "__main__":
