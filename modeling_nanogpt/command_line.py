@@ -34,6 +34,11 @@ class CommandParser(argparse.ArgumentParser):
         """An argument that may name a file or folder. A shell leaves the ~ of `--tokenizer=~/folder` as it is."""
         self.add_argument(name, type=os.path.expanduser, **options)
 
+    def add_model(self) -> None:
+        """The arguments that name a trained model: MODEL and --revision."""
+        self.add_path("model", metavar="MODEL", help="folder or Hub id of the model")
+        self.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a Hub id (default: main)")
+
     def add_number(
         self, flag: str, default: float, help: str, *, at_least: float = 0, below: float = math.inf
     ) -> None:
@@ -55,6 +60,9 @@ class CommandParser(argparse.ArgumentParser):
                 self.error(f"{flag}={value}, but it must be finite")
             if not value < below:
                 self.error(f"{flag}={value}, but it must be below {below}")
+        model = getattr(values, "model", "")
+        if model and values.revision and os.path.exists(model):
+            self.error(f"--revision={values.revision} is for a Hub id, but {model} is on this machine")
         return values
 
     def read_text(self, flag: str, path: Path) -> str:

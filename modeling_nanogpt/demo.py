@@ -17,8 +17,7 @@ from command_start import begin_command
 from .command_line import CommandParser
 
 parser = CommandParser("modeling_nanogpt.demo", usage="MODEL [--flag VALUE ...]", description=__doc__)
-parser.add_path("model", metavar="MODEL", help="folder or Hub id of the model")
-parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a Hub id (default: main)")
+parser.add_model()
 parser.add_argument(
     "--host", metavar="ADDRESS", default="127.0.0.1", help="address to listen at (default: %(default)s)"
 )

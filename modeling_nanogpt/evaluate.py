@@ -32,8 +32,7 @@ NANOGPT_FLAGS |= {"--dataset": "use --data_dir", "--eval_iters": "it is not need
 parser = CommandParser(
     "modeling_nanogpt.evaluate", usage="MODEL [--flag VALUE ...]", description=__doc__, instead=NANOGPT_FLAGS
 )
-parser.add_path("model", metavar="MODEL", help="folder or Hub id of the model")
-parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a Hub id (default: main)")
+parser.add_model()
 parser.add_path("--data_dir", metavar="FOLDER", help="prepared tokens (default: those that the model was trained on)")
 parser.add_argument("--split", choices=("train", "val"), default="val", help="split of data_dir (default: val)")
 parser.add_path("--text", metavar="FILE", help="text file to evaluate on")
@@ -56,8 +55,6 @@ def parse_arguments() -> argparse.Namespace:
     """The command line, with the folder of tokens that a model's run.yaml names. A mistake ends the process."""
     arguments = parser.parse(sys.argv[1:])
     folder = Path(arguments.model)
-    if arguments.revision and folder.exists():
-        parser.error(f"--revision={arguments.revision} is for a Hub id, but {folder} is on this machine")
     given = [flag for flag in ("data_dir", "text", "tasks") if getattr(arguments, flag)]
     if len(given) > 1:
         parser.error(f"--{given[0]} and --{given[1]} cannot be combined: evaluate on one, then on the other")

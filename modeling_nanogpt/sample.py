@@ -26,8 +26,7 @@ NANOGPT_FLAGS |= dict.fromkeys(["--device", "--dtype"], NOT_NEEDED)
 parser = CommandParser(
     "modeling_nanogpt.sample", usage="MODEL [--flag VALUE ...]", description=__doc__, instead=NANOGPT_FLAGS
 )
-parser.add_path("model", metavar="MODEL", help="folder or Hub id of the model")
-parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a Hub id (default: main)")
+parser.add_model()
 parser.add_argument(
     "--prompt",
     metavar="TEXT",
@@ -47,8 +46,6 @@ parser.add_argument("--stream", action="store_true", help="print each sample as 
 def parse_arguments() -> argparse.Namespace:
     """The command line, with the texts of prompts that are given as files."""
     arguments = parser.parse(sys.argv[1:])
-    if arguments.revision and Path(arguments.model).exists():
-        parser.error(f"--revision={arguments.revision} is for a Hub id, but {arguments.model} is on this machine")
     for i, prompt in enumerate(arguments.prompt or ()):
         if prompt.startswith("FILE:"):
             path = Path(prompt.removeprefix("FILE:")).expanduser()

@@ -119,6 +119,7 @@ WRONG = [  # a command, its arguments, and what the answer names
     (COMPARE, "model --loss=-1", "--loss=-1.0"),
     (DEMO, "", "MODEL"),
     (DEMO, "model --port=0", "--port=0"),
+    (DEMO, "model --revision=main", "--revision=main is for a Hub id"),
     (DEMO, "model --prot=7860", "did you mean --port"),
     (BENCH, "", "train|sample"),
     (BENCH, "fly model", "invalid choice: 'fly'"),
