@@ -244,13 +244,19 @@ def write_nanogpt(folder: Path, config: NanoGPTConfig, weights: StateDict, token
     tokenizer.save_pretrained(folder)
 
 
-def write_gpt2(folder: Path, config: NanoGPTConfig, weights: StateDict, tokenizer: PreTrainedTokenizerBase) -> None:
-    """A stock GPT-2 with exactly the tokenizer's tokens: what pads our vocabulary is cut off."""
+def make_gpt2(
+    config: NanoGPTConfig, weights: StateDict, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
+) -> GPT2LMHeadModel:
+    """A stock GPT-2 with exactly the tokenizer's tokens, without the rows that pad our vocabulary."""
     count = len(tokenizer)
-    stock = build_model(
-        GPT2LMHeadModel, config_to_gpt2(config, count), weights_to_gpt2(weights, count), dtype_of(weights)
-    )
+    stock = build_model(GPT2LMHeadModel, config_to_gpt2(config, count), weights_to_gpt2(weights, count), dtype)
     adopt_tokenizer(stock, tokenizer)
+    return stock
+
+
+def write_gpt2(folder: Path, config: NanoGPTConfig, weights: StateDict, tokenizer: PreTrainedTokenizerBase) -> None:
+    """A stock GPT-2, in the dtype of the weights."""
+    stock = make_gpt2(config, weights, tokenizer, dtype_of(weights))
     if tokenizer.unk_token is None:
         tokenizer.unk_token = tokenizer.eos_token  # as in GPT-2's own; CTranslate2 fails without an unknown token
     stock.save_pretrained(folder)
@@ -261,9 +267,7 @@ def write_onnx_gpt2(
     folder: Path, config: NanoGPTConfig, weights: StateDict, tokenizer: PreTrainedTokenizerBase, dtype: str
 ) -> None:
     """A stock GPT-2 with its network as an ONNX file."""
-    count = len(tokenizer)
-    stock = build_model(GPT2LMHeadModel, config_to_gpt2(config, count), weights_to_gpt2(weights, count), torch.float32)
-    adopt_tokenizer(stock, tokenizer)
+    stock = make_gpt2(config, weights, tokenizer, torch.float32)
     (folder / "onnx").mkdir(parents=True)
     write_onnx(folder / "onnx", stock, dtype)
     # What save_pretrained of the model would write beside the weights. transformers.js loads the dtype named here.
