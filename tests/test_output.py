@@ -122,9 +122,13 @@ def test_a_command_finishes_whatever_becomes_of_its_words(command, place, folder
 # As a shell starts them
 
 
+# bash cannot hear a signal that its parent ignores, as under nohup
+HEAR_SIGHUP = "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_DFL); os.execvp(sys.argv[1], sys.argv[1:])"
+
+
 def shell(script, folder, **options):
     """Run a line of bash in a folder. Its status is that of the first command in a pipe that fails."""
-    command = ["bash", "-c", f"set -o pipefail; {script}"]
+    command = [sys.executable, "-c", HEAR_SIGHUP, "bash", "-c", f"set -o pipefail; {script}"]
     return subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, stdin=subprocess.DEVNULL, **options)
 
 
