@@ -254,9 +254,7 @@ def main(model_args: ModelArguments, data_args: DataArguments, run_args: RunArgu
     log = monitoring.Log(accelerator, trackers, facts, state, bar_visible=not run_args.eval_only)
     size = {"batch_size": run_args.batch_size, "block_size": config.block_size, "accelerator": accelerator}
 
-    def evaluate_both(
-        between_batches: Callable = lambda: None,
-    ) -> bool:  # whether the loss on val is the lowest so far
+    def evaluate_both() -> bool:  # whether the loss on val is the lowest so far
         hooks.before_evaluation(state.step)  # does nothing outside of tests and experiments
         val_loss = evaluate(model, val, run_args.eval_tokens, **size)
         train_loss = evaluate(model, train, run_args.eval_tokens or len(val), **size)

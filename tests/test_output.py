@@ -123,7 +123,9 @@ def test_a_command_finishes_whatever_becomes_of_its_words(command, place, folder
 
 
 # bash cannot hear a signal that its parent ignores, as under nohup
-HEAR_SIGHUP = "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_DFL); os.execvp(sys.argv[1], sys.argv[1:])"
+HEAR_SIGHUP = (
+    "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_DFL); os.execvp(sys.argv[1], sys.argv[1:])"
+)
 
 
 def shell(script, folder, **options):
