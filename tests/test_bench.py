@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from support import PATIENCE, ROOT
+from support.needs import needs_time
 from support.texts import TEXT, write_corpus
 
 
@@ -22,6 +23,7 @@ def run_bench(*arguments, cwd):
     )
 
 
+@needs_time
 def test_training_is_timed_beside_loops_that_have_its_losses(tmp_path):
     corpus = write_corpus(tmp_path / "corpus", [TEXT] * 4)
     recipe = tmp_path / "recipe.yaml"
@@ -45,6 +47,7 @@ def test_training_is_timed_beside_loops_that_have_its_losses(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "recipe.yaml"]
 
 
+@needs_time
 def test_sampling_is_timed_with_and_without_its_start_up(run, tmp_path):
     done = run_bench("sample", run.out_dir, "--rounds=1", "--max_new_tokens=20", "--also=--stride 1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

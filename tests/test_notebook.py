@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from support import PATIENCE, ROOT
+from support.needs import needs_time
 from support.texts import write_words
 from support.tiny_run import TINY
 
@@ -54,6 +55,7 @@ print(json.dumps(printed))
 """
 
 
+@needs_time
 def test_every_cell_runs_and_says_what_it_should(executed):
     folder, printed = executed
     _, _, training, tokens, plot, sample, numbers = printed

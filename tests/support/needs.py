@@ -11,6 +11,7 @@ needs_gpt2 = pytest.mark.skipif(
 needs_shakespeare = pytest.mark.skipif(
     "TINYSHAKESPEARE" not in os.environ, reason="TINYSHAKESPEARE names no text file"
 )
+needs_time = pytest.mark.skipif("SLOW_TESTS" not in os.environ, reason="takes a minute or more: SLOW_TESTS=1 runs it")
 
 
 def node_packages(name: str) -> str | None:
