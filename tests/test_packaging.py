@@ -21,7 +21,7 @@ PACKAGES = [*ROOT.glob("*.py"), *ROOT.glob("modeling_nanogpt/**/*.py"), *ROOT.gl
 SCRIPTS = [*ROOT.glob("docs/**/*.py"), *ROOT.glob("tests/**/*.py")]
 OURS = {"train_accelerate", "command_start", "modeling_nanogpt", "tokenization", "hub_configs", "support"}
 # tests/conformance/ puts `suite` and `tests` on the path: transformers' own tests.
-OURS |= {"suite", "tests"}
+OURS |= {"suite", "tests", *(path.stem for path in ROOT.glob("docs/*.py"))}
 
 
 def canonical(name: str) -> str:
