@@ -8,16 +8,11 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .configuration_nanogpt import NanoGPTConfig
-from .muon import arithmetic_dtype
 from .sources import first_line
 from .throughput import flops_per_token
 
 PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # our name -> Accelerate's name
 ATTENTION = ("sdpa", "eager", "flex_attention")  # the functions that PyTorch itself has
-# The casts between products cost more than small products gain. On a CPU with instructions for bfloat16, a step in
-# bfloat16 takes as long as one in float32 if the model is 128 wide, two thirds of the time at 192 wide, and even less
-# if the model is wider.
-WIDE = 192
 # FLOPs of a run that takes a CPU about ten minutes or more. Compiling takes about one minute.
 LONG = 1e14
 
@@ -89,13 +84,13 @@ def choose_precision(dtype: str, config: PreTrainedConfig, device: torch.device)
         return Choice(PRECISIONS[dtype], "")
     if launched != "no":
         return Choice(launched, "as launched")
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+    if device.type != "cuda":
+        # On a CPU with instructions for bfloat16, a step of the quickstart takes three quarters of the time in
+        # bfloat16, but the run ends 0.12 nats higher (docs/benchmarks.md).
+        return Choice("no", f"auto: the exact one on a {device.type}")
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
         return Choice("fp16", "auto: this GPU has no bfloat16")
-    if arithmetic_dtype(device) == torch.float32:
-        return Choice("no", f"auto: this {device.type} has no fast bfloat16")
-    if device.type == "cpu" and config.hidden_size < WIDE:
-        return Choice("no", f"auto: a model {config.hidden_size} wide is too narrow to gain from bfloat16 on a CPU")
-    return Choice("bf16", f"auto: fast on this {device.type}")
+    return Choice("bf16", "auto: fast on this GPU")
 
 
 def choose_compile(flags, config: NanoGPTConfig, device: torch.device, run: dict) -> Choice:

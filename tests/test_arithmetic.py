@@ -17,33 +17,20 @@ from tokenization.arguments import read_switch
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def fast_bfloat16(monkeypatch):
-    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
-    monkeypatch.setattr(arithmetic, "arithmetic_dtype", lambda device: torch.bfloat16)
-
-
 def flags(**given):
     defaults = {"compile": "auto", "eval_only": False, "batch_size": 8, "gradient_accumulation_steps": 1}
     return SimpleNamespace(**defaults | {"max_iters": 100} | given)
 
 
-@pytest.mark.parametrize("width, precision", [(128, "no"), (192, "bf16"), (768, "bf16")])
-def test_a_fast_cpu_computes_wide_models_in_bfloat16(fast_bfloat16, width, precision):
-    choice = arithmetic.choose_precision("auto", NanoGPTConfig(n_head=4, n_embd=width), CPU)
-    assert choice.value == precision and choice.reason.startswith("auto: ")
-
-
-def test_a_flag_or_the_launcher_wins(fast_bfloat16, monkeypatch):
-    config = NanoGPTConfig(n_embd=768)
-    assert arithmetic.choose_precision("float32", config, CPU) == ("no", "")
+@pytest.mark.parametrize("width", [128, 768])
+def test_a_cpu_computes_in_float32_unless_a_flag_or_the_launcher_says_otherwise(monkeypatch, width):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    config = NanoGPTConfig(n_head=4, n_embd=width)
+    choice = arithmetic.choose_precision("auto", config, CPU)
+    assert choice.value == "no" and choice.reason.startswith("auto: ")
+    assert arithmetic.choose_precision("bfloat16", config, CPU) == ("bf16", "")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    assert arithmetic.choose_precision("auto", NanoGPTConfig(n_head=4, n_embd=64), CPU) == ("bf16", "as launched")
-
-
-def test_a_cpu_without_the_instructions_computes_in_float32(monkeypatch):
-    monkeypatch.setattr(arithmetic, "arithmetic_dtype", lambda device: torch.float32)
-    assert arithmetic.choose_precision("auto", NanoGPTConfig(n_embd=768), CPU).value == "no"
+    assert arithmetic.choose_precision("auto", config, CPU) == ("bf16", "as launched")
 
 
 def test_a_long_run_on_a_cpu_is_compiled(monkeypatch):
