@@ -190,6 +190,8 @@ def main(model_args: ModelArguments, data_args: DataArguments, run_args: RunArgu
     try:
         trackers = monitoring.choose_trackers(run_args.report_to)
         processes = launching.join_processes(run_args)
+        precision = arithmetic.choose_precision(run_args.dtype, processes.device)
+        accelerator = launching.start_accelerator(precision.value)
         step_windows = fitting.windows_in_step(run_args, processes)
         init_from = starting.choose_start(recipe, out_dir)  # auto is resume, if there is anything to resume
         if init_from == "scratch":
@@ -198,8 +200,6 @@ def main(model_args: ModelArguments, data_args: DataArguments, run_args: RunArgu
             start = starting.start_from_checkpoint(checkpoint, recipe)  # goes on as if it had never stopped
         else:
             start = starting.start_from_model(init_from, model_args.revision, recipe)  # fine-tuning
-        precision = arithmetic.choose_precision(run_args.dtype, start.config, processes.device)
-        accelerator = launching.start_accelerator(precision.value)
         # out_dir may hold an unfinished run, or one that is still at work
         launching.main_first(lambda: starting.check_out_dir(out_dir, start.checkpoint, overwrites=saves))
         model_tokenizer = None

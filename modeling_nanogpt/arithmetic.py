@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from .configuration_nanogpt import NanoGPTConfig
 from .sources import first_line
@@ -77,7 +77,7 @@ def launched_precision() -> str:
     return launched
 
 
-def choose_precision(dtype: str, config: PreTrainedConfig, device: torch.device) -> Choice:
+def choose_precision(dtype: str, device: torch.device) -> Choice:
     """Accelerate's name of the precision: no, bf16 or fp16."""
     launched = launched_precision()
     if dtype != "auto":
@@ -87,7 +87,7 @@ def choose_precision(dtype: str, config: PreTrainedConfig, device: torch.device)
     if device.type != "cuda":
         # On a CPU with instructions for bfloat16, a step of the quickstart takes three quarters of the time in
         # bfloat16, but the run ends 0.12 nats higher (docs/benchmarks.md).
-        return Choice("no", f"auto: the exact one on a {device.type}")
+        return Choice("no", f"auto: on {device.type}")
     if not torch.cuda.is_bf16_supported(including_emulation=False):
         return Choice("fp16", "auto: this GPU has no bfloat16")
     return Choice("bf16", "auto: fast on this GPU")

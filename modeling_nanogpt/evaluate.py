@@ -208,7 +208,7 @@ def evaluate(arguments: argparse.Namespace, device: torch.device) -> dict:
             raise ValueError(f"--text: {arguments.text} has no token to predict: give a longer text")
     model = load_model(name, revision).float().eval()
     model.to(device)
-    precision = choose_precision(arguments.dtype, model.config, device)
+    precision = choose_precision(arguments.dtype, device)
     block_size = choose_block_size(model, arguments.block_size)
     highest = max(int(piece.max()) for piece in pieces if len(piece))
     if highest >= model.get_input_embeddings().num_embeddings:
