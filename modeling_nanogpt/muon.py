@@ -147,13 +147,13 @@ class Muon(torch.optim.Optimizer):
             rows, columns = p.shape[0] // group["parts"], p.shape[1]
             shard_of(p).mul_(1 - rate * group["weight_decay"] * keep)
             scale = rate * math.sqrt(max(1, rows / columns))
-            if isinstance(p, DTensor):
-                whole = torch.empty(p.shape, dtype=step.dtype, device=step.device)
-                as_matrices(whole, group["parts"]).copy_(step)
-                mine = distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)  # no communication
-                shard_of(p).sub_(shard_of(mine), alpha=scale)
-            else:
+            if not isinstance(p, DTensor):
                 as_matrices(p, group["parts"]).sub_(step, alpha=scale)
+                continue
+            whole = torch.empty(p.shape, dtype=step.dtype, device=step.device)
+            as_matrices(whole, group["parts"]).copy_(step)
+            mine = distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)  # no communication
+            shard_of(p).sub_(shard_of(mine), alpha=scale)
 
     def _step_adamw(self, params: list[torch.Tensor], group: dict, skip: torch.Tensor | None) -> None:
         for p in params:
