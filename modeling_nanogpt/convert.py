@@ -42,6 +42,7 @@ from pathlib import Path
 from command_start import begin_command
 
 from .command_line import CommandParser
+from .transformers_js import check_library
 
 FORMATS = ("nanogpt", "gpt2", "ckpt", "gguf", "onnx", "web")
 FILES = {"gguf": ".gguf"}  # formats that are one file, with its suffix; the others are folders
@@ -72,8 +73,48 @@ parser.add_path(
 parser.add_argument("--cdn", action="store_true", help="let the page of --to=web load transformers.js from a CDN")
 
 
+def check_request(destination: Path, to: str, *, dtype: str | None, node_modules: str | None, cdn: bool) -> None:
+    """Raise ValueError if a flag does not fit the format, or if the destination is there already."""
+    check_destination(destination, to)
+    check_dtype(dtype, to)
+    if to == "web":
+        check_library(node_modules, cdn)
+    elif node_modules or cdn:
+        raise ValueError(f"--node_modules and --cdn are for --to=web: leave them out for --to={to}")
+
+
+def check_destination(destination: Path, to: str) -> None:
+    """Raise ValueError if the destination is there already, or if its name or a package does not fit the format."""
+    if to in FILES:
+        if destination.suffix != FILES[to]:
+            raise ValueError(f"--to={to} writes one file: name a new {FILES[to]} file, not {destination}")
+        if os.path.lexists(destination):
+            raise ValueError(f"{destination} is there already: name a new file")
+    elif os.path.exists(destination) and (not destination.is_dir() or any(destination.iterdir())):
+        raise ValueError(f"{destination} is there already and not empty: name a new folder")
+    for package in PACKAGES.get(to, ()):
+        if find_spec(package) is None:
+            raise ValueError(f"--to={to} needs the package {package}: pip install {' '.join(PACKAGES[to])}")
+
+
+def check_dtype(dtype: str | None, to: str) -> None:
+    """Raise ValueError if a format does not have the number format that is given."""
+    choices = DTYPES.get(to)
+    if dtype is not None and choices is None:
+        raise ValueError(f"--dtype={dtype}, but --to={to} keeps the dtype of the weights: leave out --dtype")
+    if dtype is not None and choices is not None and dtype not in choices:
+        raise ValueError(f"--dtype={dtype}, but for --to={to} it must be one of {', '.join(choices)}")
+
+
 def parse_arguments() -> argparse.Namespace:
-    return parser.parse(sys.argv[1:])
+    given = parser.parse(sys.argv[1:])
+    try:  # as convert() does, but before torch is imported
+        check_request(
+            Path(given.destination), given.to, dtype=given.dtype, node_modules=given.node_modules, cdn=given.cdn
+        )
+    except ValueError as mistake:
+        parser.error(str(mistake))
+    return given
 
 
 if __name__ == "__main__":
@@ -91,7 +132,7 @@ from .modeling_nanogpt import NanoGPTForCausalLM
 from .onnx_export import check_size, write_onnx
 from .optimization import make_optimizer
 from .sources import Misfit, Source, adopt_tokenizer, build_model, find_file, first_line, open_source
-from .web_page import check_library, describe, write_page
+from .web_page import describe, write_page
 
 MAKE_A_FOLDER = (
     "`python -m tokenization.prepare --corpus=input.txt --tokenizer=input.txt --data_dir=data/mine` makes a tokenizer "
@@ -115,13 +156,8 @@ def convert(
     `tokenizer` is a folder or Hub id, by default the source; the format ckpt does not hold a tokenizer. `dtype` is one
     of DTYPES. A web page copies transformers.js from the folder `node_modules`, or with `cdn` loads it from a CDN.
     """
-    check_destination(destination, to)
-    check_dtype(dtype, to)
+    check_request(destination, to, dtype=dtype, node_modules=node_modules, cdn=cdn)
     dtype = dtype or DTYPES.get(to, ("",))[0]
-    if to == "web":
-        check_library(node_modules, cdn)
-    elif node_modules or cdn:
-        raise ValueError(f"--node_modules and --cdn are for --to=web: leave them out for --to={to}")
     opened = open_source(source, revision, n_head)
     if n_head not in (None, opened.config.n_head):
         raise ValueError(f"--n_head={n_head}, but {source} has n_head={opened.config.n_head}: leave it out")
@@ -155,29 +191,6 @@ def convert(
     except OSError as error:
         kind = "file" if to in FILES else "folder"
         raise ValueError(f"{destination} cannot be written ({error.strerror}): name another {kind}") from None
-
-
-def check_destination(destination: Path, to: str) -> None:
-    """Raise ValueError if the destination is there already, or if its name or a package does not fit the format."""
-    if to in FILES:
-        if destination.suffix != FILES[to]:
-            raise ValueError(f"--to={to} writes one file: name a new {FILES[to]} file, not {destination}")
-        if os.path.lexists(destination):
-            raise ValueError(f"{destination} is there already: name a new file")
-    elif os.path.exists(destination) and (not destination.is_dir() or any(destination.iterdir())):
-        raise ValueError(f"{destination} is there already and not empty: name a new folder")
-    for package in PACKAGES.get(to, ()):
-        if find_spec(package) is None:
-            raise ValueError(f'--to={to} needs the package {package}: pip install "nanogpt-hf[clients]"')
-
-
-def check_dtype(dtype: str | None, to: str) -> None:
-    """Raise ValueError if a format does not have the number format that is given."""
-    choices = DTYPES.get(to)
-    if dtype is not None and choices is None:
-        raise ValueError(f"--dtype={dtype}, but --to={to} keeps the dtype of the weights: leave out --dtype")
-    if dtype is not None and choices is not None and dtype not in choices:
-        raise ValueError(f"--dtype={dtype}, but for --to={to} it must be one of {', '.join(choices)}")
 
 
 def choose_tokenizer(source: Source, name: str | None, revision: str | None) -> PreTrainedTokenizerBase:

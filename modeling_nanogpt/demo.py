@@ -28,7 +28,7 @@ parser.add_path("--space", metavar="FOLDER", help="new folder to write a Space t
 def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse(sys.argv[1:])
     if find_spec("gradio") is None:
-        parser.error('the page needs the package gradio: pip install "nanogpt-hf[demo]"')
+        parser.error("the page needs the package gradio: pip install gradio")
     return arguments
 
 

@@ -98,7 +98,7 @@ def read_record(data_dir: Path, split: str) -> dict:
 def check_lm_eval(arguments: argparse.Namespace) -> None:
     """End the process if lm-eval cannot do what was asked for."""
     if importlib.util.find_spec("lm_eval") is None:
-        parser.error('--tasks needs lm-eval, which is not installed: pip install "nanogpt-hf[clients]"')
+        parser.error("--tasks needs lm-eval, which is not installed: pip install lm-eval")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         parser.error("--tasks runs in one process: start it with python, without a launcher")
     if arguments.include_path and not Path(arguments.include_path).is_dir():

@@ -14,30 +14,10 @@ from huggingface_hub import ModelCard
 
 from .configuration_nanogpt import NanoGPTConfig
 from .onnx_export import count_parameters
+from .transformers_js import CDN, NEEDED
 
 TEMPLATES = Path(__file__).with_name("web")
-LIBRARY = "@huggingface/transformers@4.3.1"
-INSTALL = f"npm install --ignore-scripts {LIBRARY}"
-CDN = f"https://cdn.jsdelivr.net/npm/{LIBRARY}/dist/transformers.min.js"
-NEEDED = {  # a file in node_modules -> its name in the folder transformers.js of the page
-    "@huggingface/transformers/dist/transformers.min.js": "transformers.min.js",
-    "@huggingface/transformers/LICENSE": "LICENSE",
-    "onnxruntime-web/dist/ort-wasm-simd-threaded.mjs": "ort-wasm-simd-threaded.mjs",
-    "onnxruntime-web/dist/ort-wasm-simd-threaded.wasm": "ort-wasm-simd-threaded.wasm",
-}
 TOLD_BY_CARDS = ("text", "tokens", "trained on", "hardware", "time")  # rows of the card's table "How it was made"
-
-
-def check_library(node_modules: str | None, cdn: bool) -> None:
-    """Raise ValueError if the flags do not say where transformers.js comes from, or if one of its files is missing."""
-    if (node_modules is None) != cdn:
-        raise ValueError(
-            f"--to=web needs transformers.js: give either --node_modules=FOLDER, made by `{INSTALL}`, to copy it, or "
-            "--cdn to let the page load it from a CDN"
-        )
-    missing = [name for name in NEEDED if node_modules and not Path(node_modules, name).is_file()]
-    if missing:
-        raise ValueError(f"--node_modules={node_modules} has no file {missing[0]}: make the folder by `{INSTALL}`")
 
 
 def write_page(folder: Path, title: str, facts: dict[str, str], node_modules: str | None) -> None:

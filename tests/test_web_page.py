@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoTokenizer
 from modeling_nanogpt import convert
 from modeling_nanogpt.decoding import continue_prompt
 from modeling_nanogpt.sources import load_model
-from modeling_nanogpt.web_page import CDN, LIBRARY, NEEDED, write_page
+from modeling_nanogpt.transformers_js import CDN, LIBRARY, NEEDED
+from modeling_nanogpt.web_page import write_page
 from support import ROOT
 from support.browser import Browser, missing_programs
 from support.needs import node_packages

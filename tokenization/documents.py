@@ -118,7 +118,7 @@ def unpack(file: IO[bytes], name: str) -> IO[bytes]:
         try:
             import zstandard
         except ImportError:
-            raise ValueError('is compressed with zstd: pip install "nanogpt-hf[zstd]", or unpack it') from None
+            raise ValueError("is compressed with zstd: pip install zstandard, or unpack it") from None
         return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True))
     return OPENERS[suffix](file, "rb") if suffix in OPENERS else file
 

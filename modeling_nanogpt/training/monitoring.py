@@ -135,9 +135,8 @@ def choose_trackers(report_to: str) -> list[str]:
             known = ", ".join(LOGGER_TYPE_TO_CLASS)
             raise ValueError(f"report_to={name}, but it must be none, or trackers out of {known}")
         if name in LoggerType.list() and LoggerType(name) not in get_available_trackers():
-            package = '"nanogpt-hf[track]"' if name == "tensorboard" else name
             raise ValueError(
-                f"report_to={name}, but {name} is not installed: pip install {package}, or leave it out of --report_to"
+                f"report_to={name}, but {name} is not installed: pip install {name}, or leave it out of --report_to"
             )
     return list(dict.fromkeys(names))
 
