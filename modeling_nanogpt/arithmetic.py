@@ -1,4 +1,4 @@
-"""What a run computes with: its precision, and whether its model is compiled. The defaults are fast on the device."""
+"""What a run computes with: its precision, and whether its model is compiled."""
 
 import os
 from importlib.util import find_spec

@@ -45,7 +45,7 @@ parser.add_argument(
     "--dtype",
     choices=("auto", "float32", "bfloat16", "float16"),
     default="auto",
-    help="arithmetic; auto takes what is fast on the device, as in training (default: auto)",
+    help="arithmetic; auto is 16 bits on a GPU and float32 on a CPU, as in training (default: auto)",
 )
 parser.add_argument("--card", action="store_true", help="write the results into the model card, MODEL/README.md")
 parser.add_argument("--json", action="store_true", help="print the results as JSON")

@@ -77,8 +77,8 @@ def join_processes(flags) -> PartialState:
 def keep_freed_memory() -> None:
     """Let the C library keep the memory that a step frees, for the next step. Only glibc has this function.
 
-    Otherwise glibc gives large blocks back to the system, and each 4 kB of the next step cost a page fault. With Muon,
-    the steps of a small model had three times as many faults. See mallopt(3), M_TRIM_THRESHOLD, M_MMAP_THRESHOLD.
+    Otherwise glibc would give large blocks back to the system, and each 4 kB of the next step would cost a page fault:
+    the steps of a small model had three times as many with Muon. See mallopt(3), M_TRIM_THRESHOLD, M_MMAP_THRESHOLD.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
