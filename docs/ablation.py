@@ -102,6 +102,34 @@ def row_norms(optimizer, step):
         p.data.copy_(old + scaled * (update.norm() / scaled.norm().clamp(min=1e-10)))
 
 
+class LookAhead:
+    """EMA-Nesterov (2605.25395): each step begins ahead of the weights, along an average of the earlier steps.
+
+    The average m of steps has a decay of 0.99. A step begins at the weights + b m. Here b is `strength` times the
+    learning rate's share of its peak, from a sixth of the run on to three quarters of it. Before and after, b is 0.
+    """
+
+    def __init__(self, strength: float, steps: int):
+        self.strength, self.steps = strength, steps
+        self.step, self.ahead, self.average = 0, 0.0, []
+
+    def __call__(self, optimizer, step):
+        weights = [p.detach() for group in optimizer.param_groups for p in group["params"]]
+        self.average = self.average or [torch.zeros_like(p) for p in weights]
+        before = [p.clone() for p in weights]
+        step(optimizer)
+        change = torch._foreach_sub(weights, before)
+        torch._foreach_add_(change, self.average, alpha=self.ahead)  # from the weights without the look-ahead
+        torch._foreach_lerp_(self.average, change, 0.01)
+        self.step += 1
+        part = self.step / self.steps
+        self.ahead = self.strength * (1 - part) if 0.16 <= part < 0.76 else 0.0
+        torch._foreach_add_(weights, self.average, alpha=self.ahead)
+
+    def patch(self):
+        around_step(self)()
+
+
 def zero_projections():
     """Residual projections start at zero: each block is the identity at first."""
     init_weights = NanoGPTPreTrainedModel._init_weights
@@ -201,6 +229,23 @@ CHANGES = {
     "steps of sqrt(rows / columns)": {"patch": constant("max", lambda one, ratio: ratio)},
     "epoch windows": {"windows": "epoch"},
 }
+KNOBS = {
+    "base": {},
+    "momentum 0.95, warmup and cooldown of 300": {
+        "momentum": 0.95,
+        "momentum_warmup_iters": 300,
+        "momentum_cooldown_iters": 300,
+    },
+    "momentum cooldown of 300": {"momentum_cooldown_iters": 300},
+    "muon_weight_decay 0.03": {"muon_weight_decay": 0.03},
+    "muon_weight_decay 0.3": {"muon_weight_decay": 0.3},
+    "average_decay 0.9": {"average_decay": 0.9},
+    "average_decay 0.95": {"average_decay": 0.95},
+    "average_decay 0.98": {"average_decay": 0.98},
+    "average_decay 0.99": {"average_decay": 0.99},
+    "average_decay 0.995": {"average_decay": 0.995},
+    "look-ahead of 0.6": {"patch": LookAhead(0.6, steps=2000).patch},
+}
 WIDTHS = {
     f"{width} wide, learning_rate {rate}{said}": {"n_embd": width, "learning_rate": rate, "adamw_times": times}
     for width in (64, 256, 512)
@@ -225,6 +270,8 @@ STUDIES = {
     "widths": (FAST | CPU | {"max_iters": 300, "dtype": "bfloat16"}, WIDTHS),
     "wide": (WIDE | FIRST | {"adamw_rate": 8 * 256**0.5}, CHANGES),
     "recipes": (CPU, RECIPES),
+    "knobs": (FAST | CPU | {"max_iters": 2000}, KNOBS),
+    "knobs wide": (WIDE | FAST | {"max_iters": 2000, "batch_size": 4}, KNOBS),
 }
 
 
