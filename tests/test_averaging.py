@@ -7,8 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from modeling_nanogpt import NanoGPTForCausalLM
 from modeling_nanogpt.training.averaging import Average
 from modeling_nanogpt.training.checkpointing import list_checkpoints
+from modeling_nanogpt.training.hooks import Hooks
 from support.tiny_run import train
 
 FLAGS = {"max_iters": 8, "lr_decay_iters": 8, "eval_interval": 4, "eval_tokens": 64, "dropout": 0.2}
@@ -115,6 +117,28 @@ def test_an_evaluation_evaluates_what_is_saved(averaged, folder, capsys):
     assert f"val loss {averaged.val_losses[-1]:.4f}" in capsys.readouterr().out
     train(folder, out_dir=averaged.out_dir, init_from="resume", eval_only=True, average_decay=0.7, **FLAGS)
     assert f"val loss {averaged.val_losses[-1]:.4f}" in capsys.readouterr().out
+
+
+class StepCounter(Hooks):
+    def before_step(self, step):
+        self.step = step
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_without_a_finite_gradient_leaves_the_average_alone(folder, tmp_path, monkeypatch, optimizer):
+    forward, hooks = NanoGPTForCausalLM.forward, StepCounter()
+
+    def spoiled(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        if self.training and hooks.step == 5:
+            output.loss = output.loss * float("nan")
+        return output
+
+    monkeypatch.setattr(NanoGPTForCausalLM, "forward", spoiled)
+    run = train(folder, hooks, out_dir=tmp_path, optimizer=optimizer, average_decay=0.7, **FLAGS)
+    before, after, later = (tensors_of(path)["average"] for path in list_checkpoints(run.out_dir)[4:7])
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not any(torch.equal(after[name], later[name]) for name in before)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
