@@ -353,7 +353,7 @@ def mean_and_deviation(numbers: list[float]) -> tuple[float, float]:
 
 
 def show(study: str, done: list[dict]) -> None:
-    """Print a table of last losses, and beside each the mean difference from the base, seed by seed, with its error."""
+    """Print a table of last losses, and beside each the mean difference from the base, seed by seed, and its error."""
     losses = {variant: {} for variant in STUDIES[study][1]}
     for run in done:
         if run["study"] == study and run["variant"] in losses:
