@@ -72,7 +72,7 @@ class RunArguments:
     hub_private_repo: bool = knob(True, "make a new repository private")
     hub_strategy: Literal["end", "every_save", "checkpoint"] = knob("every_save", "checkpoint: pushes that, too")
     seed: int = knob(1337, "seed of the weights, the windows and dropout", below=2**32, heading="system")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob("auto", "arithmetic; auto: 16 bits if that is fast")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob("auto", "arithmetic; auto: 16 bits if fast")
     gradient_checkpointing: bool = knob(False, "compute activations twice: less memory, more time")
     compile: bool | Literal["auto"] = knob("auto", "torch.compile; auto: on a GPU, and in a long run on a CPU")
     attn_implementation: str = knob("sdpa", "sdpa, eager, flex_attention, or a kernel: kernels-community/flash-attn3")
