@@ -76,7 +76,7 @@ class RunArguments:
     hub_private_repo: bool = knob(True, "make a new repository private")
     hub_strategy: Literal["end", "every_save", "checkpoint"] = knob("every_save", "checkpoint: pushes that, too")
     seed: int = knob(1337, "seed of the weights, the windows and dropout", below=2**32, heading="system")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob("auto", "arithmetic; auto: 16 bits on a GPU")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob("auto", "arithmetic; auto: 16 bits if fast")
     gradient_checkpointing: bool = knob(False, "compute activations twice: less memory, more time")
     compile: bool | Literal["auto"] = knob("auto", "torch.compile; auto: on a GPU, and in a long run on a CPU")
     attn_implementation: str = knob("sdpa", "sdpa, eager, flex_attention, or a kernel: kernels-community/flash-attn3")
@@ -196,8 +196,6 @@ def main(model_args: ModelArguments, data_args: DataArguments, run_args: RunArgu
     try:
         trackers = monitoring.choose_trackers(run_args.report_to)
         processes = launching.join_processes(run_args)
-        precision = arithmetic.choose_precision(run_args.dtype, processes.device)
-        accelerator = launching.start_accelerator(precision.value)
         step_windows = fitting.windows_in_step(run_args, processes)
         init_from = starting.choose_start(recipe, out_dir)  # auto is resume, if there is anything to resume
         if init_from == "scratch":
@@ -206,6 +204,8 @@ def main(model_args: ModelArguments, data_args: DataArguments, run_args: RunArgu
             start = starting.start_from_checkpoint(checkpoint, recipe)  # goes on as if it had never stopped
         else:
             start = starting.start_from_model(init_from, model_args.revision, recipe)  # fine-tuning
+        precision = arithmetic.choose_precision(run_args.dtype, start.config, processes.device, start.run)
+        accelerator = launching.start_accelerator(precision.value)
         # out_dir may hold an unfinished run, or one that is still at work
         launching.main_first(lambda: starting.check_out_dir(out_dir, start.checkpoint, overwrites=saves))
         model_tokenizer = None
