@@ -40,7 +40,7 @@ FAST = {
 # The recipe when the changes below were tried. Two of them, beta1 and momentum, are in FAST since then. AdamW's rate
 # was 8 / sqrt(n_embd) times Muon's.
 FIRST = FAST | {"beta1": 0.9, "momentum": 0.95}
-CPU = {"recipe": "hub_configs/shakespeare_char_cpu.yaml"}
+CPU = {"recipe": "hub_configs/shakespeare_char_cpu.yaml", "dtype": "float32"}
 WIDE = {
     "recipe": "hub_configs/quickstart.yaml",
     "n_layer": 6,
@@ -158,28 +158,6 @@ def around_groups(change):
     return patch
 
 
-def adamw_rates(embedding: float = 1, rest: float = 1):
-    """A patch that multiplies AdamW's rate: of the embedding, which is the head too, and of positions and norms."""
-
-    def patch():
-        groups_of = optimization.muon_groups
-
-        def patched(*args):
-            fused, single, tables, norms = groups_of(*args)
-            (wte, wpe), rate = tables["params"], tables["rate"]
-            return [
-                fused,
-                single,
-                tables | {"params": [wte], "rate": rate * embedding},
-                tables | {"params": [wpe], "rate": rate * rest},
-                norms | {"rate": rate * rest},
-            ]
-
-        optimization.muon_groups = patched
-
-    return patch
-
-
 def one_matrix(group):
     """q, k and v orthogonalised together, as the single matrix that holds them."""
     return group | {"parts": min(group["parts"], 1)}
@@ -259,6 +237,7 @@ KNOBS = {
         "momentum_cooldown_iters": 300,
     },
     "momentum cooldown of 300": {"momentum_cooldown_iters": 300},
+    "linear to a tenth": {"min_lr": 0.003},
     "muon_weight_decay 0.03": {"muon_weight_decay": 0.03},
     "muon_weight_decay 0.3": {"muon_weight_decay": 0.3},
     "average_decay 0.9": {"average_decay": 0.9},
@@ -266,7 +245,25 @@ KNOBS = {
     "average_decay 0.98": {"average_decay": 0.98},
     "average_decay 0.99": {"average_decay": 0.99},
     "average_decay 0.995": {"average_decay": 0.995},
+    "linear to a tenth, average_decay 0.9": {"min_lr": 0.003, "average_decay": 0.9},
+    "linear to a tenth, average_decay 0.95": {"min_lr": 0.003, "average_decay": 0.95},
+    "linear to a tenth, average_decay 0.98": {"min_lr": 0.003, "average_decay": 0.98},
+    "linear to a tenth, average_decay 0.99": {"min_lr": 0.003, "average_decay": 0.99},
+    "linear to a tenth, average_decay 0.995": {"min_lr": 0.003, "average_decay": 0.995},
     "look-ahead of 0.6": {"patch": LookAhead(0.6, steps=2000).patch},
+}
+AVERAGES = {
+    "base": {},
+    "linear to a tenth": {"min_lr": 0.003},
+    "linear to a tenth, average_decay 0.9": {"min_lr": 0.003, "average_decay": 0.9},
+    "linear to a tenth, average_decay 0.95": {"min_lr": 0.003, "average_decay": 0.95},
+    "linear to a tenth, average_decay 0.98": {"min_lr": 0.003, "average_decay": 0.98},
+    "linear to a tenth, average_decay 0.99": {"min_lr": 0.003, "average_decay": 0.99},
+    "constant": {"lr_schedule": "constant"},
+    "constant, average_decay 0.9": {"lr_schedule": "constant", "average_decay": 0.9},
+    "constant, average_decay 0.95": {"lr_schedule": "constant", "average_decay": 0.95},
+    "constant, average_decay 0.98": {"lr_schedule": "constant", "average_decay": 0.98},
+    "constant, average_decay 0.99": {"lr_schedule": "constant", "average_decay": 0.99},
 }
 WIDTHS = {
     f"{width} wide, learning_rate {rate}{said}": {"n_embd": width, "learning_rate": rate, "adamw_times": times}
@@ -280,17 +277,6 @@ WIDTHS = {
         (0.03, ", AdamW at 8 / sqrt(n_embd)", 0.08 * width**0.5),
     )
 }
-PARTS = {
-    f"{width} wide{said}": {"n_embd": width, "patch": adamw_rates(**times)}
-    for width in (64, 128, 256)
-    for said, times in (
-        ("", {}),
-        (", embedding at half the rate", {"embedding": 0.5}),
-        (", embedding at twice the rate", {"embedding": 2}),
-        (", positions and norms at half the rate", {"rest": 0.5}),
-        (", positions and norms at twice the rate", {"rest": 2}),
-    )
-}
 RECIPES = {
     "nanoGPT's": {"eval_interval": 100},
     "fast": FAST | {"eval_interval": 200},
@@ -301,10 +287,10 @@ RECIPES = {
 STUDIES = {
     "cpu": (FIRST | CPU | {"max_iters": 450, "adamw_rate": 8 * 128**0.5}, CHANGES),
     "widths": (FAST | CPU | {"max_iters": 300, "dtype": "bfloat16"}, WIDTHS),
-    "parts": (FAST | CPU | {"max_iters": 300, "dtype": "bfloat16"}, PARTS),
     "wide": (WIDE | FIRST | {"adamw_rate": 8 * 256**0.5}, CHANGES),
     "recipes": (CPU, RECIPES),
     "knobs": (FAST | CPU | {"max_iters": 2000}, KNOBS),
+    "averages": (FAST | CPU | {"max_iters": 450}, AVERAGES),
     "wide_knobs": (WIDE | FAST | {"max_iters": 2000, "batch_size": 4}, KNOBS),
 }
 
@@ -353,7 +339,7 @@ def mean_and_deviation(numbers: list[float]) -> tuple[float, float]:
 
 
 def show(study: str, done: list[dict]) -> None:
-    """Print a table of last losses, and beside each the mean difference from the base, seed by seed, and its error."""
+    """Print a table of last losses, and beside each the mean difference from `base`, seed by seed, with its error."""
     losses = {variant: {} for variant in STUDIES[study][1]}
     for run in done:
         if run["study"] == study and run["variant"] in losses:
@@ -364,9 +350,9 @@ def show(study: str, done: list[dict]) -> None:
             continue
         mean, deviation = mean_and_deviation(list(by_seed.values()))
         line = f"| {variant} | {mean:.4f} | {deviation:.4f} | {len(by_seed)} |"
-        base = losses.get("base") or losses.get(variant.split(", ")[0], {})  # each width has a base of its own
+        base = losses.get("base", {})
         differences = [loss - base[seed] for seed, loss in by_seed.items() if seed in base]
-        if differences and by_seed is not base:
+        if differences and variant != "base":
             mean, deviation = mean_and_deviation(differences)
             line += f" {mean:+.4f} | {deviation / math.sqrt(len(differences)):.4f} |"
         print(line)
