@@ -254,11 +254,12 @@ def test_trainer_smooths_the_label_of_the_next_token(tmp_path, adapted, prompt):
 def test_a_padding_token_of_its_own_leaves_the_ends_of_texts_to_be_learned(run, tmp_path, spare):
     # the steps of docs/clients.md
     tokenizer = load(run)[1]
+    tokenizer.pad_token = tokenizer.eos_token  # as earlier releases made it
     model = make_model(vocab_size=len(tokenizer) + spare, block_size=16)
     ids = torch.arange(8)[None]
     before = model(ids).logits[..., : len(tokenizer)]
     end, count = tokenizer.eos_token_id, len(tokenizer)
-    tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    tokenizer.add_special_tokens({"pad_token": "<|padding|>"})  # <|pad|> is in its vocabulary
     if tokenizer.pad_token_id >= model.config.vocab_size:
         model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
     assert tokenizer.pad_token_id == count < model.config.vocab_size and tokenizer.eos_token_id == end
