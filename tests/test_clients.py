@@ -295,6 +295,8 @@ def test_peft_trains_saves_loads_and_merges_a_lora_adapter(tmp_path):
     model, x = make_model(initializer_range=0.1), make_tokens(4, 16)
     model.save_pretrained(tmp_path / "base")
     frozen = {name: weight.clone() for name, weight in model.state_dict().items()}
+    with pytest.raises(ValueError, match="target_modules"):  # then docs/clients.md could do without
+        peft.get_peft_model(model, peft.LoraConfig())
     adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear"))
     linear = [name for name, module in adapted.named_modules() if isinstance(module, peft.tuners.lora.Linear)]
     assert len(linear) == 2 * 4  # every matrix of both blocks, and not the head
