@@ -50,9 +50,6 @@ class Encoder(Protocol):
     def count_unknowns(self, texts: list[str], ids: list[np.ndarray]) -> int:
         """How many characters have no token of their own: spelled by bytes or, unless they are white space, lost."""
 
-    def same_as(self, other: "Encoder") -> bool:
-        """Whether another encoder is known to give the same ids of every text."""
-
 
 class TableEncoder:
     """Characters: one look in a table each; those without a token are spelled by their bytes."""
@@ -86,11 +83,6 @@ class TableEncoder:
         codes = (np.frombuffer(text.encode("utf-32-le"), dtype="<u4") for text in texts)
         return sum(int((self.table[each] == MISSING).sum()) for each in codes) if len(self.byte_ids) else 0
 
-    def same_as(self, other: Encoder) -> bool:
-        if not isinstance(other, TableEncoder):
-            return False
-        return np.array_equal(self.table, other.table) and np.array_equal(self.byte_ids, other.byte_ids)
-
 
 class LibraryEncoder:
     """Any tokenizer, by the `tokenizers` library itself."""
@@ -122,9 +114,6 @@ class LibraryEncoder:
         ]
         return sum(map(self.count_lost, suspects))
 
-    def same_as(self, other: Encoder) -> bool:
-        return False  # it may be the same, but nobody knows
-
     def count_lost(self, text: str) -> int:
         """How many characters of a text, white space aside, are in no token, or in one that stands for anything."""
         encoding = self.tokenizer.encode(text, add_special_tokens=False)
@@ -151,11 +140,6 @@ class TiktokenEncoder:
 
     def count_unknowns(self, texts: list[str], ids: list[np.ndarray]) -> int:
         return 0  # every byte is a token
-
-    def same_as(self, other: Encoder) -> bool:
-        if not isinstance(other, TiktokenEncoder) or self.ranks != other.ranks:
-            return False
-        return self.words == other.words or (self.cuts and other.cuts)
 
 
 class GigatokenEncoder(TiktokenEncoder):

@@ -29,11 +29,12 @@ def leave_if_worker() -> None:
 @contextmanager
 def watched_workers() -> Iterator[None]:
     """Raise OSError if a process that `datasets` starts dies."""
-    multiprocess.pool.Pool = Workers
+    multiprocess.pool.Pool, Workers.started = Workers, False
     try:
         yield
     except (RuntimeError, EOFError, ConnectionError, multiprocess.TimeoutError) as error:
-        if isinstance(error, RuntimeError) and "abruptly died" not in str(error):  # `datasets` says it so
+        other = isinstance(error, RuntimeError) and "abruptly died" not in str(error)  # which `datasets` says
+        if other or not Workers.started:
             raise
         raise OSError(DIED) from None
     finally:
@@ -47,8 +48,11 @@ class Workers(multiprocess.pool.Pool):
     so does the end of the pool.
     """
 
+    started = False  # whether there has been a pool
+
     def _repopulate_pool(self) -> None:  # is called once, before anything starts new processes
         super()._repopulate_pool()
+        Workers.started = True
         threading.Thread(target=self.watch, args=[list(self._pool)], daemon=True).start()
 
     def watch(self, workers: list[BaseProcess]) -> None:
