@@ -1,10 +1,23 @@
-"""The short form of `make torture`: a few runs killed at random moments, and resumed until they are done."""
+"""The short form of `make torture`: runs killed at random moments, and started again until they are done."""
+
+import pytest
 
 from support import torture
+from support.needs import needs_time
+
+
+def check(capfd, **how) -> None:
+    went_well = torture.main(**how)
+    table = capfd.readouterr().out
+    assert went_well, table
+    print(table)
 
 
 def test_killed_runs_end_as_if_nothing_had_happened(capfd):
-    went_well = torture.main(runs=2, pairs=1, seed=1)
-    table = capfd.readouterr().out
-    assert went_well, table
-    assert "3 of 3 runs as if never killed" in table
+    check(capfd, runs=1, pairs=1, strikes=3, seed=2)
+
+
+@needs_time
+@pytest.mark.parametrize("seed", [1, 2])
+def test_runs_of_20_rounds_end_as_if_nothing_had_happened(capfd, seed):
+    check(capfd, runs=1, pairs=1, strikes=20, seed=seed)
