@@ -7,6 +7,7 @@ The bytes are those of tensors, as eager PyTorch keeps them for this model. They
 from dataclasses import dataclass
 
 from .configuration_nanogpt import NanoGPTConfig
+from .modeling_nanogpt import LOSS_PART
 
 FLOAT = 4  # bytes: weights, gradients, moments, the residual stream and the loss are float32
 
@@ -94,7 +95,8 @@ def training_memory(
 
     # Counts of numbers. A tensor of so many numbers takes FLOAT times as many bytes, or `number` times as many.
     tokens = batch_size * config.block_size
-    logit_count = tokens * config.vocab_size
+    # with checkpointing, the logits of a part of the positions exist at a time
+    logit_count = config.vocab_size * (min(tokens, LOSS_PART) if gradient_checkpointing else tokens)
     head_count = config.vocab_size * config.n_embd
     matrix_count = sum(rows * columns * count for (rows, columns), count in block_matrices(config).items())
 
@@ -116,14 +118,23 @@ def training_memory(
         block += scores * (FLOAT + (number if lowered else 0) + (2 if config.dropout else 0))
 
     # What the forward pass keeps for the backward pass: of the blocks; of the last norm, the head and the loss
-    kept = config.n_layer * stream if gradient_checkpointing else config.n_layer * block + block_copies
-    activations = kept + stream + narrow + head_copy + FLOAT * logit_count
+    log_probabilities = FLOAT * logit_count
+    if gradient_checkpointing:
+        kept = config.n_layer * stream
+        activations = kept + 2 * stream
+    else:
+        kept = config.n_layer * block + block_copies
+        activations = kept + stream + narrow + head_copy + log_probabilities
 
     # What exists for a while. The forward pass ends with the logits and their copy in float32, beside the
-    # log-probabilities that it keeps. Autocast keeps its copies until then. The backward pass begins with two
-    # gradients of the size of the logits.
-    end_of_forward = logits_copy + FLOAT * logit_count + (block_copies if gradient_checkpointing else 0)
+    # log-probabilities. Autocast keeps its copies until then. The backward pass begins with two gradients of the size
+    # of the logits.
+    end_of_forward = logits_copy + FLOAT * logit_count
     start_of_backward = 2 * FLOAT * logit_count
+    if gradient_checkpointing:
+        end_of_forward += log_probabilities + head_copy + block_copies
+        # beside the log-probabilities of the part, the gradients of the head: of this part, and of those before it
+        start_of_backward += log_probabilities + 2 * head_copy + 2 * FLOAT * head_count
     in_a_block = stream + wide + (narrow if lowered else 0)  # gradients on their way through an MLP
     recomputed = block + block_copies // config.n_layer if gradient_checkpointing else 0
     # A tied embedding has a gradient as the head and another as the table, besides their sum.

@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
@@ -46,6 +47,8 @@ try:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LM_NAMES
 except ImportError:  # a release without this table of model types and the names of their classes
     CAUSAL_LM_NAMES = {}
+
+LOSS_PART = 1024  # positions whose logits exist at a time, if the backward pass computes them again
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The versions of transformers. Release 5.24 renamed the argument and output `past_key_values` to `cache`. Only this
@@ -388,7 +391,8 @@ class NanoGPTForCausalLM(NanoGPTPreTrainedModel, GenerationMixin):
         tokens already, so that a window of T + 1 tokens has T targets. Either way a label of -100 does not count. The
         sum of the losses is divided by `num_items_in_batch` if that is given, and by the number of targets if not:
         this makes accumulated micro-batches exact. With skip_logits the caller gets the loss alone, and a training
-        step does not hold a second copy of (B, T, V). logits_to_keep names the positions to compute logits for, see
+        step does not hold a second copy of (B, T, V). If the blocks compute their activations again in the backward
+        pass, so does the loss then, see loss_in_parts. logits_to_keep names the positions to compute logits for, see
         select_positions.
         """
         # shift_labels is not in the signature: Trainer would take it for a label, and would not evaluate a loss if the
@@ -404,10 +408,15 @@ class NanoGPTForCausalLM(NanoGPTPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             **kwargs,
         )
-        logits = self.lm_head(select_positions(outputs.last_hidden_state, logits_to_keep))  # (B, T, V)
+        hidden_states = select_positions(outputs.last_hidden_state, logits_to_keep)  # (B, T, C)
 
-        loss = None
-        if labels is not None or shift_labels is not None:
+        logits, loss = None, None
+        computes_again = self.transformer.gradient_checkpointing and self.training
+        if computes_again and skip_logits and shift_labels is not None:
+            loss = self.loss_in_parts(hidden_states, shift_labels, **kwargs)
+        else:
+            logits = self.lm_head(hidden_states)  # (B, T, V)
+        if logits is not None and (labels is not None or shift_labels is not None):
             loss = self.loss_function(
                 logits=logits, labels=labels, shift_labels=shift_labels, vocab_size=self.config.vocab_size, **kwargs
             )
@@ -418,6 +427,24 @@ class NanoGPTForCausalLM(NanoGPTPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             **{CACHE: outputs.get(CACHE)},
         )
+
+    def loss_in_parts(self, hidden_states, targets, num_items_in_batch=None, **kwargs):
+        """The loss of hidden_states (B, T, C) and targets (B, T), without logits (B, T, V) in memory.
+
+        The logits of LOSS_PART positions exist at a time, and the backward pass computes them again: 9 % more FLOPs
+        for GPT-2 small. Its logits would take more memory than everything else.
+        """
+
+        def sum_of_losses(hidden_states, targets):  # (N, C), (N,)
+            logits = self.lm_head(hidden_states)  # (N, V)
+            options = {"shift_labels": targets, "vocab_size": self.config.vocab_size, "num_items_in_batch": 1}
+            return self.loss_function(logits=logits, labels=None, **options | kwargs)
+
+        if num_items_in_batch is None:
+            num_items_in_batch = (targets != -100).sum()
+        parts = zip(hidden_states.flatten(0, 1).split(LOSS_PART), targets.flatten().split(LOSS_PART), strict=True)
+        losses = [checkpoint(sum_of_losses, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+        return torch.stack(losses).sum() / num_items_in_batch
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -528,7 +528,7 @@ def test_an_unknown_tracker_is_refused(folder, tmp_path):
 
 @pytest.mark.skipif("tensorboard" in get_available_trackers(), reason="tensorboard is installed")
 def test_tensorboard_that_is_not_installed_names_the_package(folder, tmp_path):
-    with pytest.raises(SystemExit, match=r'not installed: pip install tensorboard, or leave it out') as stop:
+    with pytest.raises(SystemExit, match=r"not installed: pip install tensorboard, or leave it out") as stop:
         train(folder, out_dir=tmp_path / "out", report_to="tensorboard", **FLAGS)
     assert "\n" not in stop.value.code and not (tmp_path / "out").exists()
 

@@ -19,6 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from modeling_nanogpt import NanoGPTConfig, NanoGPTForCausalLM, NanoGPTModel
+from modeling_nanogpt import modeling_nanogpt as modeling
 from support.models import BLOCK, VOCAB, make_config, make_model, make_tokens
 
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh")
@@ -700,6 +701,31 @@ def test_gradient_checkpointing_recomputes_every_block_and_changes_nothing(dropo
     assert torch.equal(checkpointed_loss, loss)
     for name, gradient in expected.items():
         assert_close(checkpointed[name], gradient)
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+@pytest.mark.parametrize("items", [None, 7.5])
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+def test_a_loss_in_parts_is_the_loss_and_never_holds_the_logits(monkeypatch, fresh_compiler, items, compiles):
+    monkeypatch.setattr(modeling, "LOSS_PART", 10)  # of 24 positions: two parts are full, one is not
+    model = make_model(bias=True).train()
+    x, y = make_window(2, 12)
+    y[0, :3] = -100
+    settings = {"shift_labels": y, "num_items_in_batch": items, "use_cache": False}
+    loss = model(x, **settings).loss
+    expected = gradients(model, loss)
+
+    rows = []
+    if not compiles:  # the compiler refuses a hook with effects
+        model.lm_head.register_forward_hook(lambda module, args, logits: rows.append(logits.shape[:-1].numel()))
+    model.gradient_checkpointing_enable()
+    forward = torch.compile(model, backend="eager", fullgraph=True) if compiles else model
+    in_parts = forward(x, skip_logits=True, **settings).loss
+    assert_close(in_parts, loss)
+    for name, gradient in gradients(model, in_parts).items():
+        assert_close(gradient, expected[name])
+    expected_rows = [] if compiles else [4, 4, 10, 10, 10, 10]  # once forwards, and once more backwards
+    assert sorted(rows) == expected_rows
 
 
 def dropped_fraction(model, module):

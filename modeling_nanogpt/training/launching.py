@@ -45,6 +45,7 @@ def join_processes(flags) -> PartialState:
         raise ValueError("accelerate launch asks for FSDP 1: set fsdp_version: 2 in its configuration")
     launched_by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ
     processes = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PATIENCE)
+    processes.wait_for_everyone()  # if one leaves below with its line, the others have joined already
     if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper() != "NO":
         raise ValueError(
             "accelerate launch asks for a dynamo backend: give accelerate launch --dynamo_backend=no, or take it out "
