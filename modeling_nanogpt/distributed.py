@@ -44,7 +44,7 @@ def machine_group() -> dist.ProcessGroup | None:
     here, everywhere = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), dist.get_world_size()
     counts = [None] * everywhere
     dist.all_gather_object(counts, here)
-    if here == 1 or set(counts) != {here}:
+    if here == 1 or set(counts) != {here} or everywhere % here:
         return None
     return dist.group.WORLD if here == everywhere else dist.new_subgroups(here)[0]
 

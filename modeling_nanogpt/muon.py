@@ -80,8 +80,8 @@ class Muon(torch.optim.Optimizer):
 
     If several processes train together, each one on a machine orthogonalises an equal part of the matrices, and then
     they exchange the results. Weights that FSDP2 has sharded are updated as whole ones: every process gathers the
-    look-aheads of all matrices, and in the end subtracts its own shard. The result is the same for any number of
-    processes. Every process must take each step, with gradients for the same parameters.
+    look-aheads of all matrices, and in the end subtracts its own shard. Apart from rounding, the weights do not depend
+    on the number of processes. Every process must take each step, with gradients for the same parameters.
     """
 
     def __init__(
