@@ -363,8 +363,7 @@ def test_several_processes_train_with_muon_as_one_does(folder, tmp_path):
     exact = ((orthogonalise_in_float32,),)
     one = run_together(folder, tmp_path / "one", 1, *flags, before=lambda rank: exact)
     runs = [run_sharded(folder, tmp_path / str(count), *flags, before=exact, processes=count) for count in (2, 4)]
-    for count in (2, 4):
-        runs.append(run_together(folder, tmp_path / f"ddp-{count}", count, *flags, before=lambda rank: exact))
+    runs.append(run_together(folder, tmp_path / "ddp", 2, *flags, before=lambda rank: exact))
     for run in runs:
         assert_close(run, one, tolerance=1e-4)
         ours, theirs = (load_file(each.out_dir / "model.safetensors") for each in (run, one))
