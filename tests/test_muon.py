@@ -128,14 +128,14 @@ def test_everything_except_the_matrices_of_the_blocks_takes_adamws_steps():
 def test_each_parameter_is_in_one_group_once(tied):
     model = tiny_model(bias=True, tie_word_embeddings=tied)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = [[names[id(p)] for p in group["params"]] for group in muon_groups(model, 0.1)]
+    groups = [[names[id(p)] for p in group["params"]] for group in muon_groups(model, 0.1, 0.1)]
     assert sorted(sum(groups, [])) == sorted(names.values())
     fused, single, tables, vectors = groups
     assert fused == [f"transformer.h.{layer}.attn.c_attn.weight" for layer in (0, 1)]
     assert {name.split(".", 3)[3] for name in single} == {"attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight"}
     assert tables == ["transformer.wte.weight", "transformer.wpe.weight"] + ["lm_head.weight"] * (not tied)
     assert all(name.endswith("bias") or "ln_" in name for name in vectors)
-    assert [group["weight_decay"] for group in muon_groups(model, 0.1)] == [0.1, 0.1, 0.1, 0.0]
+    assert [group["weight_decay"] for group in muon_groups(model, 0.1, 0.3)] == [0.3, 0.3, 0.1, 0.0]
 
 
 def test_frozen_parameters_stay_where_they_are():
