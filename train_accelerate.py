@@ -45,9 +45,13 @@ class RunArguments:
     max_iters: int = knob(600_000, "optimizer steps of the whole run", at_least=1, heading="optimizer")
     optimizer: Literal["adamw", "muon"] = knob("adamw", "muon trains the blocks' matrices, AdamW the rest")
     weight_decay: float = knob(0.1, "weight decay of matrices and embeddings")
+    muon_weight_decay: float = knob(None, "weight decay of the matrices that Muon trains (default: weight_decay)")
     beta1: float = knob(0.9, "AdamW's decay of the mean of gradients", below=1)
     beta2: float = knob(0.95, "AdamW's decay of the mean of squared gradients", below=1)
     momentum: float = knob(0.95, "Muon's decay of the mean of gradients", below=1)
+    momentum_warmup_iters: int = knob(0, "first optimizer steps, in which the momentum rises from 0.85")
+    momentum_cooldown_iters: int = knob(0, "last steps of lr_decay_iters, in which the momentum falls to 0.85")
+    average_decay: float = knob(0.0, "decay of a mean of the weights, to evaluate and save; 0: no mean", below=1)
     grad_clip: float = knob(1.0, "largest norm of the gradient; 0 turns clipping off")
     learning_rate: float = knob(6e-4, "peak; beside muon, AdamW has it * 100 / n_embd", heading="learning rate")
     lr_schedule: Literal["cosine", "linear", "wsd", "constant"] = knob("cosine", "after warmup; wsd decays late")
@@ -72,7 +76,7 @@ class RunArguments:
     hub_private_repo: bool = knob(True, "make a new repository private")
     hub_strategy: Literal["end", "every_save", "checkpoint"] = knob("every_save", "checkpoint: pushes that, too")
     seed: int = knob(1337, "seed of the weights, the windows and dropout", below=2**32, heading="system")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob("auto", "arithmetic; auto: 16 bits on a GPU")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob("auto", "arithmetic; auto: 16 bits if fast")
     gradient_checkpointing: bool = knob(False, "compute activations twice: less memory, more time")
     compile: bool | Literal["auto"] = knob("auto", "torch.compile; auto: on a GPU, and in a long run on a CPU")
     attn_implementation: str = knob("sdpa", "sdpa, eager, flex_attention, or a kernel: kernels-community/flash-attn3")
@@ -80,6 +84,7 @@ class RunArguments:
 
     def __post_init__(self):  # defaults that depend on other knobs
         self.lr_decay_iters = self.max_iters if self.lr_decay_iters is None else self.lr_decay_iters
+        self.muon_weight_decay = self.weight_decay if self.muon_weight_decay is None else self.muon_weight_decay
         self.min_lr = self.learning_rate / 10 if self.min_lr is None else self.min_lr
         self.save_interval = self.eval_interval if self.save_interval is None else self.save_interval
         self.always_save_checkpoint = self.always_save_checkpoint and not self.patience  # keeps the best model
@@ -112,9 +117,10 @@ import torch
 from accelerate import Accelerator  # processes, devices, precision
 
 from modeling_nanogpt import NanoGPTForCausalLM, arithmetic
-from modeling_nanogpt.optimization import Schedule, make_optimizer  # AdamW, Muon, learning rates
+from modeling_nanogpt.optimization import Schedule, momentum_at, optimizer_of, set_rates  # AdamW and Muon
 from modeling_nanogpt.sources import adopt_tokenizer
 from modeling_nanogpt.training import checkpointing, describing, ending, fitting, launching, monitoring, starting
+from modeling_nanogpt.training.averaging import Average  # of the weights over the last steps
 from modeling_nanogpt.training.hooks import NO_HOOKS, Hooks  # for tests and experiments
 from modeling_nanogpt.training.recording import StepRecord  # losses, left on the device
 from modeling_nanogpt.training.saving import Saver, start_saving  # the model and its checkpoints
@@ -190,8 +196,6 @@ def main(model_args: ModelArguments, data_args: DataArguments, run_args: RunArgu
     try:
         trackers = monitoring.choose_trackers(run_args.report_to)
         processes = launching.join_processes(run_args)
-        precision = arithmetic.choose_precision(run_args.dtype, processes.device)
-        accelerator = launching.start_accelerator(precision.value)
         step_windows = fitting.windows_in_step(run_args, processes)
         init_from = starting.choose_start(recipe, out_dir)  # auto is resume, if there is anything to resume
         if init_from == "scratch":
@@ -200,6 +204,8 @@ def main(model_args: ModelArguments, data_args: DataArguments, run_args: RunArgu
             start = starting.start_from_checkpoint(checkpoint, recipe)  # goes on as if it had never stopped
         else:
             start = starting.start_from_model(init_from, model_args.revision, recipe)  # fine-tuning
+        precision = arithmetic.choose_precision(run_args.dtype, start.config, processes.device, start.run)
+        accelerator = launching.start_accelerator(precision.value)
         # out_dir may hold an unfinished run, or one that is still at work
         launching.main_first(lambda: starting.check_out_dir(out_dir, start.checkpoint, overwrites=saves))
         model_tokenizer = None
@@ -231,14 +237,7 @@ def main(model_args: ModelArguments, data_args: DataArguments, run_args: RunArgu
         run_args.gradient_accumulation_steps = step_windows // run_args.batch_size
 
     # --- Optimizer, compile, prepare ---------------------------------------------------------------------------------
-    optimizer = make_optimizer(
-        run_args.optimizer,
-        model,
-        learning_rate=run_args.learning_rate,
-        betas=(run_args.beta1, run_args.beta2),  # AdamW
-        weight_decay=run_args.weight_decay,
-        momentum=run_args.momentum,  # Muon
-    )
+    optimizer = optimizer_of(run_args, model)
     compiled = arithmetic.choose_compile(run_args, config, accelerator.device, start.run)
     if compiled.value:
         model.compile(dynamic=False)  # in place: without a wrapper, the names of the weights get no prefix
@@ -246,8 +245,9 @@ def main(model_args: ModelArguments, data_args: DataArguments, run_args: RunArgu
     model, optimizer = accelerator.prepare(model, optimizer)  # DDP or FSDP2, autocast, loss scaling
     micro_steps = run_args.gradient_accumulation_steps // accelerator.num_processes
     accelerator.gradient_accumulation_steps = micro_steps  # accelerator.backward divides by it
+    average = Average(model, run_args.average_decay)  # does nothing by default
     if start.checkpoint:
-        checkpointing.restore(start.checkpoint, state, model, optimizer.optimizer, accelerator)
+        checkpointing.restore(start.checkpoint, state, model, optimizer.optimizer, average, accelerator)
 
     # --- Log, evaluation, batches, saving ----------------------------------------------------------------------------
     accelerator.print(facts.introduction)
@@ -266,12 +266,14 @@ def main(model_args: ModelArguments, data_args: DataArguments, run_args: RunArgu
         return training_windows(train, step=step, count=step_windows, **flags)
 
     if run_args.eval_only:
-        evaluate_both()
+        with average.in_model():
+            evaluate_both()
         log.close()
         accelerator.end_training()  # leaves the group of processes
         return
     batches = training_batches(hooks.training_stream(train, state.step), draw, state.step, **size)
-    saver = Saver(accelerator, model, optimizer.optimizer, data.tokenizer, facts, pusher, RECIPES / "MODEL_CARD.md")
+    card = RECIPES / "MODEL_CARD.md"
+    saver = Saver(accelerator, model, optimizer.optimizer, average, data.tokenizer, facts, pusher, card)
 
     # --- The loop: one step is one optimizer update ------------------------------------------------------------------
     schedule, record = Schedule.of(run_args), StepRecord(accelerator, draw, run_args.batch_size)
@@ -280,17 +282,16 @@ def main(model_args: ModelArguments, data_args: DataArguments, run_args: RunArgu
     while True:
         # evaluate on fixed windows, and save the model
         if state.step % run_args.eval_interval == 0 or state.step == run_args.max_iters:
-            with clock.paused(), signals.interrupting():  # tokens a second count training alone
+            with clock.paused(), signals.interrupting(), average.in_model():  # tokens a second count training alone
                 improved = evaluate_both()
                 if state.step > 0 and (improved or run_args.always_save_checkpoint):
                     saver.save_model(state)
         if signals.stop or state.step == run_args.max_iters or state.is_stale(run_args.patience):
             break
 
-        # set the learning rate
-        lr = schedule(state.step)  # a function of the step alone: nothing to save or to restore
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        # set the learning rate, and Muon's momentum: functions of the step alone, so nothing to save or to restore
+        lr = schedule(state.step)
+        set_rates(optimizer, lr=lr, momentum=momentum_at(state.step, run_args))
 
         # forward, backward, update
         hooks.before_step(state.step)
@@ -298,16 +299,16 @@ def main(model_args: ModelArguments, data_args: DataArguments, run_args: RunArgu
         for _ in range(micro_steps):
             with accelerator.accumulate(model):  # processes exchange gradients only in the last micro-batch
                 loss = model(inputs, shift_labels=targets, num_items_in_batch=mean_targets, **LOSS_ONLY).loss
-                # fetch the next batch while the device is busy with the forward pass
-                inputs, targets, mean_targets = next(batches)
+                inputs, targets, mean_targets = next(batches)  # while the device is busy with the forward pass
                 accelerator.backward(loss)  # divides by micro_steps, and scales the loss in float16
                 record.add_loss(loss)  # stays on the device
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(model.parameters(), run_args.grad_clip or math.inf)
                     # A step without a finite gradient must change nothing. If found_inf is 1.0, fused AdamW and Muon
                     # skip the step by themselves, on the device, so the host does not wait for the norm.
-                    optimizer.optimizer.found_inf = record.end_step(norm)
+                    optimizer.optimizer.found_inf = skip = record.end_step(norm)
                     optimizer.step()
+                    average.update(state.step, skip)
                     optimizer.zero_grad(set_to_none=True)  # frees the memory of the gradients
         state.step += 1
         log.advance()

@@ -102,6 +102,34 @@ def row_norms(optimizer, step):
         p.data.copy_(old + scaled * (update.norm() / scaled.norm().clamp(min=1e-10)))
 
 
+class LookAhead:
+    """EMA-Nesterov (2605.25395): each step begins ahead of the weights, along an average of the earlier steps.
+
+    The average m of steps has a decay of 0.99. A step begins at the weights + b m. Here b is `strength` times the
+    learning rate's share of its peak, from a sixth of the run on to three quarters of it. Before and after, b is 0.
+    """
+
+    def __init__(self, strength: float, steps: int):
+        self.strength, self.steps = strength, steps
+        self.step, self.ahead, self.average = 0, 0.0, []
+
+    def __call__(self, optimizer, step):
+        weights = [p.detach() for group in optimizer.param_groups for p in group["params"]]
+        self.average = self.average or [torch.zeros_like(p) for p in weights]
+        before = [p.clone() for p in weights]
+        step(optimizer)
+        change = torch._foreach_sub(weights, before)
+        torch._foreach_add_(change, self.average, alpha=self.ahead)  # from the weights without the look-ahead
+        torch._foreach_lerp_(self.average, change, 0.01)
+        self.step += 1
+        part = self.step / self.steps
+        self.ahead = self.strength * (1 - part) if 0.16 <= part < 0.76 else 0.0
+        torch._foreach_add_(weights, self.average, alpha=self.ahead)
+
+    def patch(self):
+        around_step(self)()
+
+
 def zero_projections():
     """Residual projections start at zero: each block is the identity at first."""
     init_weights = NanoGPTPreTrainedModel._init_weights
@@ -126,6 +154,28 @@ def around_groups(change):
     def patch():
         groups = optimization.muon_groups
         optimization.muon_groups = lambda *args: [change(group) for group in groups(*args)]
+
+    return patch
+
+
+def adamw_rates(embedding: float = 1, rest: float = 1):
+    """A patch that multiplies AdamW's rate: of the embedding, which is the head too, and of positions and norms."""
+
+    def patch():
+        groups_of = optimization.muon_groups
+
+        def patched(*args):
+            fused, single, tables, norms = groups_of(*args)
+            (wte, wpe), rate = tables["params"], tables["rate"]
+            return [
+                fused,
+                single,
+                tables | {"params": [wte], "rate": rate * embedding},
+                tables | {"params": [wpe], "rate": rate * rest},
+                norms | {"rate": rate * rest},
+            ]
+
+        optimization.muon_groups = patched
 
     return patch
 
@@ -201,6 +251,23 @@ CHANGES = {
     "steps of sqrt(rows / columns)": {"patch": constant("max", lambda one, ratio: ratio)},
     "epoch windows": {"windows": "epoch"},
 }
+KNOBS = {
+    "base": {},
+    "momentum 0.95, warmup and cooldown of 300": {
+        "momentum": 0.95,
+        "momentum_warmup_iters": 300,
+        "momentum_cooldown_iters": 300,
+    },
+    "momentum cooldown of 300": {"momentum_cooldown_iters": 300},
+    "muon_weight_decay 0.03": {"muon_weight_decay": 0.03},
+    "muon_weight_decay 0.3": {"muon_weight_decay": 0.3},
+    "average_decay 0.9": {"average_decay": 0.9},
+    "average_decay 0.95": {"average_decay": 0.95},
+    "average_decay 0.98": {"average_decay": 0.98},
+    "average_decay 0.99": {"average_decay": 0.99},
+    "average_decay 0.995": {"average_decay": 0.995},
+    "look-ahead of 0.6": {"patch": LookAhead(0.6, steps=2000).patch},
+}
 WIDTHS = {
     f"{width} wide, learning_rate {rate}{said}": {"n_embd": width, "learning_rate": rate, "adamw_times": times}
     for width in (64, 256, 512)
@@ -213,6 +280,17 @@ WIDTHS = {
         (0.03, ", AdamW at 8 / sqrt(n_embd)", 0.08 * width**0.5),
     )
 }
+PARTS = {
+    f"{width} wide{said}": {"n_embd": width, "patch": adamw_rates(**times)}
+    for width in (64, 128, 256)
+    for said, times in (
+        ("", {}),
+        (", embedding at half the rate", {"embedding": 0.5}),
+        (", embedding at twice the rate", {"embedding": 2}),
+        (", positions and norms at half the rate", {"rest": 0.5}),
+        (", positions and norms at twice the rate", {"rest": 2}),
+    )
+}
 RECIPES = {
     "nanoGPT's": {"eval_interval": 100},
     "fast": FAST | {"eval_interval": 200},
@@ -223,8 +301,11 @@ RECIPES = {
 STUDIES = {
     "cpu": (FIRST | CPU | {"max_iters": 450, "adamw_rate": 8 * 128**0.5}, CHANGES),
     "widths": (FAST | CPU | {"max_iters": 300, "dtype": "bfloat16"}, WIDTHS),
+    "parts": (FAST | CPU | {"max_iters": 300, "dtype": "bfloat16"}, PARTS),
     "wide": (WIDE | FIRST | {"adamw_rate": 8 * 256**0.5}, CHANGES),
     "recipes": (CPU, RECIPES),
+    "knobs": (FAST | CPU | {"max_iters": 2000}, KNOBS),
+    "wide_knobs": (WIDE | FAST | {"max_iters": 2000, "batch_size": 4}, KNOBS),
 }
 
 
@@ -272,7 +353,7 @@ def mean_and_deviation(numbers: list[float]) -> tuple[float, float]:
 
 
 def show(study: str, done: list[dict]) -> None:
-    """Print a table of last losses, and beside each the mean difference from `base`, seed by seed, with its error."""
+    """Print a table of last losses, and beside each the mean difference from the base, seed by seed, and its error."""
     losses = {variant: {} for variant in STUDIES[study][1]}
     for run in done:
         if run["study"] == study and run["variant"] in losses:
@@ -283,9 +364,9 @@ def show(study: str, done: list[dict]) -> None:
             continue
         mean, deviation = mean_and_deviation(list(by_seed.values()))
         line = f"| {variant} | {mean:.4f} | {deviation:.4f} | {len(by_seed)} |"
-        base = losses.get("base", {})
+        base = losses.get("base") or losses.get(variant.split(", ")[0], {})  # each width has a base of its own
         differences = [loss - base[seed] for seed, loss in by_seed.items() if seed in base]
-        if differences and variant != "base":
+        if differences and by_seed is not base:
             mean, deviation = mean_and_deviation(differences)
             line += f" {mean:+.4f} | {deviation / math.sqrt(len(differences)):.4f} |"
         print(line)

@@ -5,14 +5,18 @@ from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .configuration_nanogpt import NanoGPTConfig
+from .muon import arithmetic_dtype
 from .sources import first_line
 from .throughput import flops_per_token
 
 PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # our name -> Accelerate's name
 ATTENTION = ("sdpa", "eager", "flex_attention")  # the functions that PyTorch itself has
+# The casts between products cost more than small products gain. On a CPU with instructions for bfloat16, a step in
+# bfloat16 takes as long as one in float32 if the model is 128 wide, and three quarters of the time at 192 wide.
+WIDE = 192
 # FLOPs of a run that takes a CPU about ten minutes or more. Compiling takes about one minute.
 LONG = 1e14
 
@@ -77,20 +81,28 @@ def launched_precision() -> str:
     return launched
 
 
-def choose_precision(dtype: str, device: torch.device) -> Choice:
-    """Accelerate's name of the precision: no, bf16 or fp16."""
+def choose_precision(dtype: str, config: PreTrainedConfig, device: torch.device, run: dict) -> Choice:
+    """Accelerate's name of the precision: no, bf16 or fp16.
+
+    `run` is what the checkpoint says of the run that is resumed; it is empty for a new run. On a CPU, a resumed run
+    keeps the precision that it began with.
+    """
     launched = launched_precision()
     if dtype != "auto":
         return Choice(PRECISIONS[dtype], "")
     if launched != "no":
         return Choice(launched, "as launched")
-    if device.type != "cuda":
-        # On a CPU with instructions for bfloat16, a step of the quickstart takes three quarters of the time in
-        # bfloat16, but the run ends 0.12 nats higher (docs/benchmarks.md).
-        return Choice("no", f"auto: on {device.type}")
-    if not torch.cuda.is_bf16_supported(including_emulation=False):
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return Choice("bf16", "auto: fast on this GPU")
         return Choice("fp16", "auto: this GPU has no bfloat16")
-    return Choice("bf16", "auto: fast on this GPU")
+    if run:
+        return Choice(run.get("precision", "no"), "auto: as the run began")
+    if arithmetic_dtype(device) == torch.float32:
+        return Choice("no", f"auto: this {device.type} has no fast bfloat16")
+    if config.hidden_size < WIDE:
+        return Choice("no", f"auto: a model {config.hidden_size} wide is too narrow to gain from bfloat16 on a CPU")
+    return Choice("bf16", f"auto: fast on this {device.type}")
 
 
 def choose_compile(flags, config: NanoGPTConfig, device: torch.device, run: dict) -> Choice:

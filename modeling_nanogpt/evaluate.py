@@ -45,7 +45,7 @@ parser.add_argument(
     "--dtype",
     choices=("auto", "float32", "bfloat16", "float16"),
     default="auto",
-    help="arithmetic; auto is 16 bits on a GPU and float32 on a CPU, as in training (default: auto)",
+    help="arithmetic; auto is what training takes on this machine (default: auto)",
 )
 parser.add_argument("--card", action="store_true", help="write the results into the model card, MODEL/README.md")
 parser.add_argument("--json", action="store_true", help="print the results as JSON")
@@ -208,7 +208,7 @@ def evaluate(arguments: argparse.Namespace, device: torch.device) -> dict:
             raise ValueError(f"--text: {arguments.text} has no token to predict: give a longer text")
     model = load_model(name, revision).float().eval()
     model.to(device)
-    precision = choose_precision(arguments.dtype, device)
+    precision = choose_precision(arguments.dtype, model.config, device, run={})
     block_size = choose_block_size(model, arguments.block_size)
     highest = max(int(piece.max()) for piece in pieces if len(piece))
     if highest >= model.get_input_embeddings().num_embeddings:

@@ -1,4 +1,4 @@
-"""The optimizer, and the learning rate as a pure function of the step."""
+"""The optimizer, and the learning rate and the momentum as pure functions of the step."""
 
 import math
 from collections.abc import Iterable
@@ -12,6 +12,7 @@ from .muon import Muon
 
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")  # one kernel updates all weights; PyTorch has that kernel for these
 ADAMW_RATE = 100.0  # beside Muon, AdamW's learning rate is learning_rate * ADAMW_RATE / n_embd (docs/fast_recipe.md)
+LOW_MOMENTUM = 0.85  # at the beginning of a momentum's warmup and at the end of its cooldown
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,43 @@ class Schedule:
         return self.min_lr + remaining * (self.learning_rate - self.min_lr)
 
 
+def momentum_at(step: int, flags) -> float:
+    """Muon's momentum at an optimizer step, counted from 0.
+
+    The momentum rises in a line from LOW_MOMENTUM to flags.momentum in the first momentum_warmup_iters steps. It falls
+    in a line to LOW_MOMENTUM in the last momentum_cooldown_iters steps before lr_decay_iters. A flags.momentum below
+    LOW_MOMENTUM stays as it is. Jordan et al., modded-nanogpt (github.com/KellerJordan/modded-nanogpt).
+    """
+    low = min(LOW_MOMENTUM, flags.momentum)
+    share = 1.0
+    if flags.momentum_warmup_iters:
+        share = min(share, (step + 1) / flags.momentum_warmup_iters)
+    if flags.momentum_cooldown_iters:
+        share = min(share, max(0, flags.lr_decay_iters - step) / flags.momentum_cooldown_iters)
+    return flags.momentum if share == 1 else low + share * (flags.momentum - low)
+
+
+def set_rates(optimizer: torch.optim.Optimizer, *, lr: float, momentum: float) -> None:
+    """Set the learning rate, and the momentum of Muon. AdamW has no momentum, and its checkpoints know of none."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+        if "momentum" in group:
+            group["momentum"] = momentum
+
+
+def optimizer_of(flags, model: NanoGPTForCausalLM) -> torch.optim.Optimizer:
+    """The optimizer that the flags of the trainer describe."""
+    return make_optimizer(
+        flags.optimizer,
+        model,
+        learning_rate=flags.learning_rate,
+        betas=(flags.beta1, flags.beta2),
+        weight_decay=flags.weight_decay,
+        muon_weight_decay=flags.muon_weight_decay,
+        momentum=flags.momentum,
+    )
+
+
 def make_optimizer(
     name: str,
     model: NanoGPTForCausalLM,
@@ -65,15 +103,17 @@ def make_optimizer(
     learning_rate: float,
     betas: tuple[float, float],
     weight_decay: float,
+    muon_weight_decay: float | None = None,
     momentum: float = 0.95,
 ) -> torch.optim.Optimizer:
     """The optimizer of all weights that train: `adamw`, or `muon` for the blocks' matrices and AdamW for the rest.
 
-    `betas` are AdamW's, `momentum` is Muon's. AdamW: Loshchilov & Hutter, 1711.05101.
+    `betas` are AdamW's, `momentum` is Muon's. `weight_decay` is Muon's too, unless Muon has its own. AdamW: Loshchilov
+    & Hutter, 1711.05101.
     """
     fused = model.device.type in FUSED_DEVICES
     if name == "muon":
-        groups = muon_groups(model, weight_decay)
+        groups = muon_groups(model, weight_decay, weight_decay if muon_weight_decay is None else muon_weight_decay)
         return Muon(groups, lr=learning_rate, betas=betas, momentum=momentum, fused=fused)
     groups = decay_groups(model.parameters(), weight_decay)
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
@@ -91,8 +131,10 @@ def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> lis
     ]
 
 
-def muon_groups(model: NanoGPTForCausalLM, weight_decay: float) -> list[dict]:
+def muon_groups(model: NanoGPTForCausalLM, weight_decay: float, muon_weight_decay: float) -> list[dict]:
     """Parameter groups for Muon: the blocks' matrices; then, for AdamW, the decay groups of all other weights.
+
+    `muon_weight_decay` is that of the blocks' matrices, and `weight_decay` that of the other weights that decay.
 
     `parts` is how many matrices a weight holds: three in the fused projection to q, k and v. 0 leaves it to AdamW.
     `rate` multiplies the learning rate. A step of Muon has the same norm at any width, so its matrices have 1. A step
@@ -111,7 +153,7 @@ def muon_groups(model: NanoGPTForCausalLM, weight_decay: float) -> list[dict]:
             single.append(p)
     adamw = {"parts": 0, "rate": ADAMW_RATE / model.config.n_embd}
     return [
-        {"params": fused, "weight_decay": weight_decay, "parts": 3},
-        {"params": single, "weight_decay": weight_decay, "parts": 1},
+        {"params": fused, "weight_decay": muon_weight_decay, "parts": 3},
+        {"params": single, "weight_decay": muon_weight_decay, "parts": 1},
         *(group | adamw for group in decay_groups(rest, weight_decay)),
     ]

@@ -22,13 +22,32 @@ def flags(**given):
     return SimpleNamespace(**defaults | {"max_iters": 100} | given)
 
 
-def test_a_cpu_computes_in_float32_unless_a_flag_or_the_launcher_says_otherwise(monkeypatch):
+@pytest.mark.parametrize(
+    ("fast", "width", "run", "precision"),
+    [
+        (torch.bfloat16, 192, {}, "bf16"),
+        (torch.bfloat16, 768, {}, "bf16"),
+        (torch.bfloat16, 128, {}, "no"),  # too narrow
+        (torch.float32, 768, {}, "no"),  # no fast bfloat16
+        (torch.bfloat16, 768, {"precision": "no"}, "no"),  # as the run began
+        (torch.float32, 768, {"precision": "bf16"}, "bf16"),
+        (torch.bfloat16, 768, {"compile": False}, "no"),  # a checkpoint of an earlier version
+    ],
+)
+def test_a_cpu_computes_in_bfloat16_if_that_is_fast(monkeypatch, fast, width, run, precision):
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
-    choice = arithmetic.choose_precision("auto", CPU)
-    assert choice.value == "no" and choice.reason.startswith("auto: ")
-    assert arithmetic.choose_precision("bfloat16", CPU) == ("bf16", "")
+    monkeypatch.setattr(arithmetic, "arithmetic_dtype", lambda device: fast)
+    choice = arithmetic.choose_precision("auto", NanoGPTConfig(n_head=4, n_embd=width), CPU, run)
+    assert choice.value == precision and choice.reason.startswith("auto: ")
+
+
+def test_a_flag_or_the_launcher_names_the_precision(monkeypatch):
+    config = NanoGPTConfig(n_head=4, n_embd=768)
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    assert arithmetic.choose_precision("bfloat16", config, CPU, {}) == ("bf16", "")
+    assert arithmetic.choose_precision("float32", config, CPU, {"precision": "bf16"}) == ("no", "")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    assert arithmetic.choose_precision("auto", CPU) == ("bf16", "as launched")
+    assert arithmetic.choose_precision("auto", config, CPU, {"precision": "no"}) == ("bf16", "as launched")
 
 
 def test_a_long_run_on_a_cpu_is_compiled(monkeypatch):
@@ -64,6 +83,7 @@ def test_the_first_line_of_the_log_says_what_was_chosen(tmp_path, capsys):
     assert "float32 (auto: " in first or torch.cuda.is_available()
     state = json.loads(next(run.out_dir.glob("checkpoints/step-*/state.json")).read_text())
     assert state["run"]["compile"] is False
+    assert state["run"]["precision"] == "no" or torch.cuda.is_available()
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,13 @@
 """The learning rate at each step, and which parameters decay."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from modeling_nanogpt import NanoGPTConfig, NanoGPTForCausalLM
-from modeling_nanogpt.optimization import Schedule, decay_groups, make_optimizer
+from modeling_nanogpt.optimization import Schedule, decay_groups, make_optimizer, momentum_at, set_rates
 
 SCHEDULE = {"learning_rate": 1e-3, "min_lr": 1e-4, "warmup_iters": 100, "lr_decay_iters": 2000}
 
@@ -57,6 +58,33 @@ def test_wsd_neither_divides_by_zero_nor_decays_in_the_warmup(decay_fraction):
 
 def test_a_warmup_beyond_the_end_is_a_warmup():
     assert Schedule(1e-3, 1e-4, 100, 20, "linear")(50) == pytest.approx(1e-3 * 51 / 101)
+
+
+@pytest.mark.parametrize(
+    ("warmup", "cooldown", "expected"),
+    [
+        (0, 0, {0: 0.95, 10: 0.95, 99: 0.95, 1000: 0.95}),
+        (20, 0, {0: 0.855, 9: 0.9, 18: 0.945, 19: 0.95, 99: 0.95, 1000: 0.95}),
+        (0, 10, {0: 0.95, 90: 0.95, 95: 0.9, 99: 0.86, 100: 0.85, 1000: 0.85}),
+        (20, 10, {0: 0.855, 19: 0.95, 50: 0.95, 91: 0.94, 99: 0.86}),
+        (200, 200, {49: 0.875, 99: 0.8505}),  # a run that is too short for both: the lower of the two
+    ],
+)
+def test_the_momentum_rises_at_first_and_falls_at_the_end(warmup, cooldown, expected):
+    flags = SimpleNamespace(
+        momentum=0.95, momentum_warmup_iters=warmup, momentum_cooldown_iters=cooldown, lr_decay_iters=100
+    )
+    assert {step: momentum_at(step, flags) for step in expected} == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_every_group_gets_the_rate_and_muons_groups_the_momentum(name):
+    optimizer = make_optimizer(name, tiny_model(), learning_rate=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
+    before = [set(group) for group in optimizer.param_groups]
+    set_rates(optimizer, lr=0.5, momentum=0.7)
+    assert [set(group) for group in optimizer.param_groups] == before
+    assert all(group["lr"] == 0.5 for group in optimizer.param_groups)
+    assert all(group["momentum"] == 0.7 for group in optimizer.param_groups if "momentum" in group)
 
 
 def tiny_model(**changes) -> NanoGPTForCausalLM:

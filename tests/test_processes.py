@@ -287,7 +287,7 @@ def note_plan(path: str) -> None:
     """Write down how the model is sharded, at its first save."""
     gather = saving.gather_tensors
 
-    def noted(model, optimizer):
+    def noted(model, optimizer, average):
         units = [name for name, each in model.named_modules() if type(each).__name__.startswith("FSDP")]
         shards = {
             name: [list(each.shape), list(each.to_local().shape), str(each.placements)]
@@ -298,7 +298,7 @@ def note_plan(path: str) -> None:
         moments = {type(each["exp_avg"]).__name__ for each in optimizer.state.values()}
         plan = {"units": units, "shards": shards, "whole": whole, "moments": sorted(moments)}
         Path(path).write_text(json.dumps(plan))
-        return gather(model, optimizer)
+        return gather(model, optimizer, average)
 
     saving.gather_tensors = noted
 
@@ -357,15 +357,14 @@ def orthogonalise_in_float32() -> None:
     muon.arithmetic_dtype = lambda device: torch.float32
 
 
-def test_fsdp2_trains_with_muon_as_one_process_does(folder, tmp_path):
+def test_several_processes_train_with_muon_as_one_does(folder, tmp_path):
     flags = ("--optimizer=muon", "--learning_rate=0.02", "--max_iters=20", "--save_interval=10")
     flags += ("--lr_decay_iters=20", "--eval_interval=20", "--gradient_accumulation_steps=4")
     exact = ((orthogonalise_in_float32,),)
     one = run_together(folder, tmp_path / "one", 1, *flags, before=lambda rank: exact)
-    weights = {
-        count: run_sharded(folder, tmp_path / str(count), *flags, before=exact, processes=count) for count in (2, 4)
-    }
-    for run in weights.values():
+    runs = [run_sharded(folder, tmp_path / str(count), *flags, before=exact, processes=count) for count in (2, 4)]
+    runs.append(run_together(folder, tmp_path / "ddp", 2, *flags, before=lambda rank: exact))
+    for run in runs:
         assert_close(run, one, tolerance=1e-4)
         ours, theirs = (load_file(each.out_dir / "model.safetensors") for each in (run, one))
         assert max((ours[name] - theirs[name]).abs().max() for name in theirs) < 1e-5
@@ -375,6 +374,20 @@ def test_fsdp2_trains_with_muon_as_one_process_does(folder, tmp_path):
     again = run_together(folder, tmp_path / "again", 1, *flags, "--init_from=resume", before=lambda rank: exact)
     assert_close(again, one, tolerance=1e-4)
     again = run_sharded(folder, tmp_path / "2", *flags, "--init_from=resume", before=exact, processes=4)
+    assert_close(again, one, tolerance=1e-4)
+
+
+def test_fsdp2_averages_the_weights_as_one_process_does(folder, tmp_path):
+    flags = ("--average_decay=0.8", "--max_iters=12", "--lr_decay_iters=12", "--eval_interval=4", "--save_interval=6")
+    one = run_together(folder, tmp_path / "one", 1, *flags)
+    two = run_sharded(folder, tmp_path / "two", *flags)
+    assert_close(two, one, tolerance=1e-4)
+    ours, theirs = (load_file(run.out_dir / "model.safetensors") for run in (two, one))
+    assert max((ours[name] - theirs[name]).abs().max() for name in theirs) < 1e-5
+    (tmp_path / "two" / "checkpoints" / "step-00000012" / "state.json").unlink()
+    shutil.copytree(tmp_path / "two", tmp_path / "again")
+    assert_bitwise_equal(run_sharded(folder, tmp_path / "again", *flags, "--init_from=resume"), two)
+    again = run_together(folder, tmp_path / "two", 1, *flags, "--init_from=resume")
     assert_close(again, one, tolerance=1e-4)
 
 

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from modeling_nanogpt import NanoGPTConfig, NanoGPTForCausalLM
 from modeling_nanogpt.optimization import Schedule, make_optimizer
+from modeling_nanogpt.training.averaging import Average
 from modeling_nanogpt.training.checkpointing import (
     TrainState,
     list_checkpoints,
@@ -326,6 +327,10 @@ OTHER = {"learning_rate": 2e-2, "weight_decay": 0.2, "beta1": 0.8, "beta2": 0.99
 OTHER |= {
     "optimizer": "muon",
     "momentum": 0.9,
+    "momentum_warmup_iters": 2,
+    "momentum_cooldown_iters": 2,
+    "muon_weight_decay": 0.3,
+    "average_decay": 0.5,
     "lr_schedule": "linear",
     "decay_fraction": 0.3,
     "warmup_iters": 3,
@@ -486,7 +491,7 @@ def test_a_run_does_not_hold_on_to_the_file_it_was_resumed_from(finished):
     model = NanoGPTForCausalLM.from_pretrained(finished.out_dir)
     optimizer = make_optimizer("adamw", model, learning_rate=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
     latest = newest_complete(finished.out_dir)
-    restore(latest, read_checkpoint(latest)[0], model, optimizer, Accelerator(cpu=True))
+    restore(latest, read_checkpoint(latest)[0], model, optimizer, Average(model, 0), Accelerator(cpu=True))
     assert len(optimizer.state) == len(list(model.parameters()))
     assert str(latest) not in Path("/proc/self/maps").read_text()
 

@@ -123,7 +123,7 @@ def test_a_gpu_allocates_what_was_estimated(optimizer, checkpoints):
 
 def test_muon_has_the_matrices_that_are_counted():
     config = NanoGPTConfig(vocab_size=96, block_size=16, n_layer=3, n_head=2, n_embd=32, intermediate_size=40)
-    fused, single, *_ = muon_groups(NanoGPTForCausalLM(config), 0.1)
+    fused, single, *_ = muon_groups(NanoGPTForCausalLM(config), 0.1, 0.1)
     counted = dict.fromkeys(block_matrices(config), 0)
     for group in (fused, single):
         for weight in group["params"]:

@@ -77,10 +77,19 @@ def test_muon_accumulates_as_one_batch(tmp_path, monkeypatch):
     assert whole.losses != train(tmp_path, max_iters=6).losses
 
 
-@pytest.mark.parametrize("knob", ["beta1", "momentum"])
-def test_a_flag_changes_a_run_with_muon(tmp_path, knob):
+@pytest.mark.parametrize(
+    ("knob", "value"),
+    [
+        ("beta1", 0.5),
+        ("momentum", 0.5),
+        ("momentum_warmup_iters", 3),
+        ("momentum_cooldown_iters", 3),
+        ("muon_weight_decay", 0.5),
+    ],
+)
+def test_a_flag_changes_a_run_with_muon(tmp_path, knob, value):
     flags = {"optimizer": "muon", "max_iters": 3}
-    assert train(tmp_path, **flags).losses != train(tmp_path, **flags, **{knob: 0.5}).losses
+    assert train(tmp_path, **flags).losses != train(tmp_path, **flags, **{knob: value}).losses
 
 
 def test_the_last_evaluation_is_always_there(tmp_path):

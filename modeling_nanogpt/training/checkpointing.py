@@ -2,12 +2,13 @@
 
 A checkpoint is a folder `checkpoints/step-00002000` of out_dir. It is either complete or not there:
 
-    training_state.pt   the tensors of the model and the optimizer by name, gathered from all processes
+    training_state.pt   the tensors of the model, its average and the optimizer by name, gathered from all processes
     state.json          TrainState, the recipe, the model's shape, the data, and the size of training_state.pt in bytes
 
 A checkpoint holds no random state: windows and dropout are drawn anew for each step, from the seed and the step.
 """
 
+import copy
 import dataclasses
 import json
 import math
@@ -20,12 +21,14 @@ import torch
 from accelerate import Accelerator
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
+    get_model_state_dict,
     get_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
 )
 
 from .atomic import folder_written_aside
+from .averaging import Average
 
 CHECKPOINTS = "checkpoints"  # in out_dir
 TENSORS, STATE = "training_state.pt", "state.json"
@@ -59,19 +62,28 @@ class TrainState:
         return 0 < patience <= self.stale
 
 
-def gather_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict:
-    """The weights and the optimizer's state by parameter name, whole and on the CPU. Every process takes part.
+def gather_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer, average: Average) -> dict:
+    """The weights, their average if there is one, and the optimizer's state by parameter name, whole and on the CPU.
+
+    Every process takes part.
 
     The result does not depend on the number of processes, or on whether a process holds all of the model or a shard.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights, optimizer_state = get_state_dict(model, optimizer, options=options)
-    return {"model": weights, "optimizer": optimizer_state}
+    tensors = {"model": weights, "optimizer": optimizer_state}
+    if average.decay:
+        with average.in_model():
+            tensors["average"] = copy.deepcopy(get_model_state_dict(model, options=options))
+    return tensors
 
 
-def scatter_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: dict) -> None:
+def scatter_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer, average: Average, tensors: dict) -> None:
     """Put back what gather_tensors returned. Only the main process gives the tensors, the others an empty dict."""
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=torch.distributed.is_initialized())
+    if average.decay:
+        set_model_state_dict(model, tensors.get("average", {}), options=options)
+        average.begin_at_weights()
     set_model_state_dict(model, tensors.get("model", {}), options=options)
     set_optimizer_state_dict(model, optimizer, tensors.get("optimizer", {}), options=options)
 
@@ -159,11 +171,20 @@ def read_tensors(folder: Path, mapped: bool) -> dict:
 
 
 def restore(
-    folder: Path, state: TrainState, model: torch.nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator
+    folder: Path,
+    state: TrainState,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: Average,
+    accelerator: Accelerator,
 ) -> None:
-    """Put a checkpoint's tensors into the prepared model and optimizer, and the loss scaler's state into its place."""
+    """Put a checkpoint's tensors into the prepared model, its average and the optimizer.
+
+    The loss scaler gets its state back, too.
+    """
     mapped = accelerator.device.type != "cpu"  # on a CPU, the optimizer would go on with the mapped tensors themselves
-    scatter_tensors(model, optimizer, read_tensors(folder, mapped) if accelerator.is_main_process else {})
+    tensors = read_tensors(folder, mapped) if accelerator.is_main_process else {}
+    scatter_tensors(model, optimizer, average, tensors)
     if accelerator.scaler and state.scaler:
         accelerator.scaler.load_state_dict(state.scaler)
 

@@ -24,6 +24,7 @@ class RunFacts:
     data: dict  # prepared.json of the data_dir
     step_tokens: int  # tokens in an optimizer step
     hardware: str  # processes, devices and precision
+    precision: str  # Accelerate's name of it
     compiled: bool  # by torch.compile
     resumed_from: Path | None  # the checkpoint that this run goes on from
     introduction: str  # the first lines of the log
@@ -37,7 +38,8 @@ class RunFacts:
     def identity(self) -> dict:
         """What a resumed run must find again: its flags, the model's shape, and its data."""
         shape, data = self.config.to_dict(), identify_data(self.data)
-        return {"recipe": self.recipe, "config": shape, "data": data, "compile": self.compiled}
+        computes = {"precision": self.precision, "compile": self.compiled}
+        return {"recipe": self.recipe, "config": shape, "data": data, **computes}
 
 
 def describe_run(
@@ -74,6 +76,7 @@ def describe_run(
         data=data,
         step_tokens=step_tokens,
         hardware=hardware,
+        precision=precision.value,
         compiled=compiled.value,
         resumed_from=start.checkpoint,
         introduction=introduction,

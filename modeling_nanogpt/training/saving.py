@@ -14,6 +14,7 @@ from transformers.utils.logging import disable_progress_bar
 from ..modeling_nanogpt import NanoGPTForCausalLM
 from ..sources import first_line
 from .atomic import files_written_aside
+from .averaging import Average
 from .checkpointing import TrainState, gather_tensors, save_checkpoint
 from .describing import RunFacts
 from .holding import hold
@@ -41,12 +42,14 @@ class Saver:
         accelerator: Accelerator,
         model: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
+        average: Average,
         tokenizer: PreTrainedTokenizerBase,
         facts: RunFacts,
         pusher: Pusher | None,
         card: Path,
     ):
         self.accelerator, self.model, self.optimizer, self.tokenizer = accelerator, model, optimizer, tokenizer
+        self.average = average
         self.facts, self.out_dir, self.pusher = facts, facts.out_dir, pusher
         self.superseded = superseded_by(facts.out_dir, facts.resumed_from)
         self.report = Report(
@@ -87,7 +90,7 @@ class Saver:
     def save_checkpoint(self, state: TrainState) -> None:
         """Write the checkpoint of this step. Every process takes part."""
         self.saved_step = state.step
-        tensors = gather_tensors(self.model, self.optimizer)
+        tensors = gather_tensors(self.model, self.optimizer, self.average)
         state.scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else {}
         if self.accelerator.is_main_process:
             self._attempt(

@@ -27,7 +27,8 @@ SHAPE = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias", "activa
 # Flags that shape what is learned. A resumed run must have the same ones.
 SHAPING = (
     *("learning_rate", "min_lr", "warmup_iters", "lr_decay_iters", "lr_schedule", "decay_fraction"),
-    *("optimizer", "weight_decay", "beta1", "beta2", "momentum", "grad_clip", "seed", "windows"),
+    *("optimizer", "weight_decay", "muon_weight_decay", "beta1", "beta2", "grad_clip", "seed", "windows"),
+    *("momentum", "momentum_warmup_iters", "momentum_cooldown_iters", "average_decay"),
 )
 
 
@@ -80,6 +81,9 @@ def start_from_checkpoint(folder: Path, recipe: dict) -> Start:
     run.yaml repeats a run from its beginning, so `recipe` gets back what the model of the run came from.
     """
     state, run = read_checkpoint(folder)
+    # an earlier version of the project wrote checkpoints without these flags
+    earlier = {"momentum_warmup_iters": 0, "momentum_cooldown_iters": 0, "average_decay": 0.0}
+    run["recipe"] = earlier | {"muon_weight_decay": run["recipe"]["weight_decay"]} | run["recipe"]
     config = NanoGPTConfig(**run["config"])
     check_given(config, given_shape(recipe), recipe["init_from"])
     check_same_run(folder, state.step, run, recipe)
