@@ -1,6 +1,6 @@
 # make quickstart    set everything up, train the quickstart recipe (or go on with a stopped run), print samples that begin as code does
 # make test          set everything up, run the tests
-# make torture       set everything up, kill runs at random moments and resume them (minutes)
+# make torture       set everything up, end runs at random moments and start them again (minutes)
 # make conformance   set everything up, run transformers' own model tests on this model (downloads them once)
 # make style         set everything up, check style and types
 #

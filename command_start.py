@@ -9,6 +9,7 @@ import io
 import os
 import signal
 import sys
+import threading
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -57,7 +58,14 @@ def begin_command(program: str) -> None:
         print(f"\n{program}: interrupted", file=sys.stderr)
         raise SystemExit(130)
 
-    sys.excepthook = end
+    def interrupt_again(lost) -> None:
+        """Python drops what is raised in a __del__. If that was Ctrl-C, the signal comes once more."""
+        if lost.exc_type is KeyboardInterrupt:
+            threading.Timer(0.1, os.kill, [os.getpid(), signal.SIGINT]).start()
+        else:
+            sys.__unraisablehook__(lost)
+
+    sys.excepthook, sys.unraisablehook = end, interrupt_again
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else this process is to ignore Ctrl-C
         signal.signal(signal.SIGINT, interrupt)
 

@@ -28,7 +28,7 @@ import train_accelerate
 from modeling_nanogpt import NanoGPTConfig
 from modeling_nanogpt.gpus import PEAK_FLOPS
 from modeling_nanogpt.memory import FLOAT, block_matrices, muon_bytes, parameters_by_part, training_memory
-from modeling_nanogpt.muon import COEFFICIENTS
+from modeling_nanogpt.muon import COEFFICIENTS, arithmetic_dtype
 from modeling_nanogpt.plan import GPT2_SHAPES
 from modeling_nanogpt.throughput import flops_per_token
 from modeling_nanogpt.training.hooks import Hooks
@@ -56,7 +56,7 @@ def ddp_bytes(config: NanoGPTConfig) -> dict[str, int]:
     return {"all-reduce": FLOAT * sum(parameters_by_part(config).values())}
 
 
-def fsdp2_bytes(config: NanoGPTConfig, micro_steps: int, number: int, optimizer: str = "adamw") -> dict[str, int]:
+def fsdp2_bytes(config: NanoGPTConfig, micro_steps: int, number: int) -> dict[str, int]:
     """Whole bytes of FSDP2's collectives in a step of so many micro-batches a process, by kind.
 
     `number` is the bytes of a number in the arithmetic. Each micro-batch gathers the blocks for the forward pass and
@@ -64,9 +64,37 @@ def fsdp2_bytes(config: NanoGPTConfig, micro_steps: int, number: int, optimizer:
     """
     total, blocks = sum(parameters_by_part(config).values()), block_parameters(config)
     gathered = micro_steps * number * (2 * blocks + (total - blocks))
-    if optimizer == "muon":
-        gathered += FLOAT * matrix_parameters(config)  # the momenta that look ahead
     return {"all-gather": gathered, "reduce-scatter": number * total}
+
+
+def gather_bytes(config: NanoGPTConfig, number: int) -> dict[str, int]:
+    """Whole bytes of the momenta that Muon gathers under FSDP2. `number` is the bytes of one of Muon's numbers."""
+    return {"all-gather": number * matrix_parameters(config)}
+
+
+def share_bytes(config: NanoGPTConfig, number: int, processes: int) -> dict[str, int]:
+    """Whole bytes of what the processes of a machine exchange after each has orthogonalised its part of the matrices.
+
+    All parts have the same size, so the last ones may be padded.
+    """
+    exchanged = 0
+    for (rows, columns), count in block_matrices(config).items():
+        exchanged += number * rows * columns * processes * math.ceil(count / processes)
+    return {"all-gather": exchanged}
+
+
+def step_bytes(
+    config: NanoGPTConfig, kind: str, optimizer: str, dtype: str, processes: int, micro_steps: int
+) -> Counter[str]:
+    """Whole bytes of all collectives in a step on the CPUs of this machine, by kind."""
+    number = FLOAT if dtype == "float32" else BFLOAT16
+    whole = Counter(ddp_bytes(config) if kind == "ddp" else fsdp2_bytes(config, micro_steps, number))
+    if optimizer == "muon":
+        of_muon = arithmetic_dtype(torch.device("cpu")).itemsize  # bfloat16, if the CPU has it
+        whole.update(share_bytes(config, of_muon, processes))
+        if kind == "fsdp2":
+            whole.update(gather_bytes(config, of_muon))
+    return whole
 
 
 def sent(whole: dict[str, int], processes: int) -> float:
@@ -194,13 +222,12 @@ def count() -> None:
     """Compare what is counted with the formulas."""
     print("| | processes | collective | calls | whole bytes, counted | by formula | sent by each process |")
     print("| --- | ---: | --- | ---: | ---: | ---: | ---: |")
-    cases = [("ddp", "adamw", "bfloat16"), ("fsdp2", "adamw", "float32")]
+    cases = [("ddp", "adamw", "bfloat16"), ("ddp", "muon", "bfloat16"), ("fsdp2", "adamw", "float32")]
     cases += [("fsdp2", "adamw", "bfloat16"), ("fsdp2", "muon", "bfloat16")]
     for kind, optimizer, dtype in cases:
-        number = FLOAT if dtype == "float32" else BFLOAT16
         for processes in (2, 4):
             config, counted = run_counted(kind, processes, optimizer, dtype)
-            formula = ddp_bytes(config) if kind == "ddp" else fsdp2_bytes(config, MICRO_STEPS, number, optimizer)
+            formula = step_bytes(config, kind, optimizer, dtype, processes, MICRO_STEPS)
             for name in sorted(formula.keys() | counted["whole"].keys()):
                 whole = counted["whole"].get(name, 0)
                 print(
@@ -217,6 +244,7 @@ NAMES = {"124M": "gpt2", "350M": "gpt2-medium", "774M": "gpt2-large", "1.5B": "g
 WINDOWS, BATCH_SIZE = 512, 8  # windows of 1,024 tokens in a step, over all GPUs, and in a micro-batch
 RATE = 0.4 * PEAK_FLOPS["H100"]  # FLOP/s of a GPU: an MFU of 40 %
 LINKS = [(1, math.inf), (8, 450e9), (64, 400e9), (64, 50e9)]  # GPUs, and bytes a second that each sends and receives
+IN_MACHINE = 8  # the GPUs of a machine
 
 
 def config_of(name: str) -> NanoGPTConfig:
@@ -234,22 +262,24 @@ def print_row(*cells) -> None:
 
 
 def print_bytes() -> None:
-    print_row("model", "GPUs", "DDP", "FSDP2", "Muon's gathers under FSDP2")
-    print_row("---", *["---:"] * 4)
+    print_row("model", "GPUs", "DDP", "FSDP2", "Muon's exchange in a machine", "Muon's gathers under FSDP2")
+    print_row("---", *["---:"] * 5)
     for name in NAMES:
         config = config_of(name)
         for gpus in (8, 64):
-            sharded = {each: fsdp2_bytes(config, micro_steps_of(gpus), BFLOAT16, each) for each in ("adamw", "muon")}
-            adamw, muon = (sent(each, gpus) for each in sharded.values())
-            print_row(
-                name, gpus, *(f"{count / 1e9:.2f}" for count in (sent(ddp_bytes(config), gpus), adamw, muon - adamw))
-            )
+            counts = [
+                sent(ddp_bytes(config), gpus),
+                sent(fsdp2_bytes(config, micro_steps_of(gpus), BFLOAT16), gpus),
+                sent(share_bytes(config, BFLOAT16, IN_MACHINE), IN_MACHINE),
+                sent(gather_bytes(config, BFLOAT16), gpus),
+            ]
+            print_row(name, gpus, *(f"{count / 1e9:.2f}" for count in counts))
 
 
 def print_seconds() -> None:
     """Milliseconds of a step: the GPU's own work, and what is sent. In brackets is what the work does not hide."""
-    print_row("model", "GPUs", "link, GB/s", "compute", "DDP", "FSDP2", "Muon's gathers", "Muon's arithmetic")
-    print_row("---", *["---:"] * 7)
+    print_row("model", "GPUs", "link, GB/s", "compute", "DDP", "FSDP2", "Muon's gathers")
+    print_row("---", *["---:"] * 6)
     for name in NAMES:
         config = config_of(name)
         for gpus, link in LINKS:
@@ -259,10 +289,24 @@ def print_seconds() -> None:
                 (fsdp2_bytes(config, micro_steps_of(gpus), BFLOAT16), fsdp2_late(config, gpus, link, compute)),
             ]
             cells = [f"{1e3 * sent(whole, gpus) / link:.0f} ({1e3 * late:.0f})" for whole, late in sends]
-            cells.append(f"{1e3 * sent({'all-gather': FLOAT * matrix_parameters(config)}, gpus) / link:.0f}")
-            cells.append(f"{1e3 * orthogonalization_flops(config) / RATE:.0f}")
+            cells.append(f"{1e3 * sent(gather_bytes(config, BFLOAT16), gpus) / link:.0f}")
             speed = f"{link / 1e9:.0f}" if gpus > 1 else "–"
             print_row(name, gpus, speed, f"{1e3 * micro_steps_of(gpus) * compute:,.0f}", *cells)
+
+
+def print_sharing() -> None:
+    """Milliseconds of Muon's update, if each GPU does all of it and if GPUs share it, and of a step's computing."""
+    print_row("model", "each does all", "8 share", "64 share, 400 GB/s", "64 share, 50 GB/s", "a step on 8", "on 64")
+    print_row("---", *["---:"] * 6)
+    for name in NAMES:
+        config = config_of(name)
+        compute = BATCH_SIZE * config.block_size * flops_per_token(config) / RATE  # of a micro-batch
+        seconds = []
+        for gpus, link in LINKS:
+            exchange = sent(share_bytes(config, BFLOAT16, gpus), gpus) / link
+            seconds.append(orthogonalization_flops(config, gpus) / RATE + exchange)
+        steps = [micro_steps_of(gpus) * compute for gpus in (8, 64)]
+        print_row(name, *(f"{1e3 * each:.1f}" for each in seconds), *(f"{1e3 * each:,.0f}" for each in steps))
 
 
 def ddp_late(config: NanoGPTConfig, gpus: int, link: float, compute: float) -> float:
@@ -292,11 +336,12 @@ def fsdp2_late(config: NanoGPTConfig, gpus: int, link: float, compute: float) ->
     return late + max(0, 2 * gather - backward) + gather_rest
 
 
-def orthogonalization_flops(config: NanoGPTConfig) -> float:
-    """FLOPs with which Muon orthogonalises the matrices of all blocks once. Each process does all of it."""
+def orthogonalization_flops(config: NanoGPTConfig, processes: int = 1) -> float:
+    """FLOPs of a process whose machine has so many, and whose part is the largest, to orthogonalise once."""
     flops = 0.0
     for (rows, columns), count in block_matrices(config).items():
-        flops += len(COEFFICIENTS) * count * (4 * rows**2 * columns + 2 * rows**3)
+        part = math.ceil(count / processes)
+        flops += len(COEFFICIENTS) * part * (4 * rows**2 * columns + 2 * rows**3)
     return flops
 
 
@@ -319,7 +364,7 @@ def print_memory() -> None:
         print_row(name, *cells, f"{muon_bytes(config) / 1e9:.1f}")
 
 
-TABLES = (print_bytes, print_seconds, print_memory)
+TABLES = (print_bytes, print_seconds, print_sharing, print_memory)
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ from .conversion import StateDict, weights_from_gpt2, weights_to_gpt2
 FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}  # what llama.cpp calls such files
 NORMAL, CONTROL, USER_DEFINED, BYTE = 1, 3, 4, 6  # llama.cpp's types of tokens
 SPACE = "\u2581"  # the character that stands for a space in the tokens of SentencePiece
-BYTE_TOKENS = {f"<0x{byte:02X}>" for byte in range(256)}
+BYTE_TOKENS = {f"<0x{byte:02X}>" for byte in range(0xFF)}  # 0xFF is in no text
 # GPT-2 cuts this text into other words than its successors do: contractions, numbers, line ends, runs of spaces.
 PROBE = "We'll DON'T  go: 12345 times\n\n\tif x==-1:\r\n  r\u00e9sum\u00e9 \u4e2d\u6587 _a1  "
 
@@ -90,7 +90,7 @@ def is_byte_level(spec: dict, tokenizer: PreTrainedTokenizerBase) -> bool:
     gpt2_words = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(PROBE)
     if [word for word, _ in words] != [word for word, _ in gpt2_words]:
         return False
-    letters = set(pre_tokenizers.ByteLevel.alphabet())
+    letters = set(pre_tokenizers.ByteLevel.alphabet()) - {"ÿ"}  # the letter for 0xFF, which is in no text
     return model["vocab"].keys() >= letters and (not model.get("ignore_merges") or merges_make_all_tokens(spec))
 
 

@@ -150,11 +150,11 @@ def training_memory(
 
 
 def muon_bytes(config: NanoGPTConfig) -> int:
-    """Bytes that a step of Muon needs until it ends: the look-ahead momenta, and the iteration in bfloat16."""
+    """Bytes that a step of Muon needs until it ends: the look-ahead momenta and the iteration, both in bfloat16."""
     updates = 0
     iteration = 0
     for (rows, columns), count in block_matrices(config).items():
-        updates += FLOAT * rows * columns * count
+        updates += 2 * rows * columns * count
         # all matrices of a shape together: their start, their values before and after an iteration, and two squares
         iteration = max(iteration, 2 * count * (3 * rows * columns + 2 * rows * rows))
     return updates + iteration

@@ -7,8 +7,9 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.adamw import adamw
+
+from .distributed import cut, gather, machine_group, shard_of, share
 
 # One (a, b, c) for each iteration: the quintic nearest to 1 over the range to which the previous iteration maps the
 # singular values (one per cent wider, for rounding), as in Amsel et al., "The Polar Express" (2505.16932). A singular
@@ -54,24 +55,14 @@ def as_matrices(weight: torch.Tensor, parts: int) -> torch.Tensor:
     return matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
 
 
+def as_weight(matrices: torch.Tensor, rows: int) -> torch.Tensor:
+    """The weight whose matrices these are: as_matrices, turned round. `rows` are those of one matrix."""
+    return (matrices if matrices.shape[1] == rows else matrices.mT).flatten(0, 1)
+
+
 def gradients_of(params: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     """The gradients of parameters that all have one."""
     return [p.grad for p in params if p.grad is not None]
-
-
-def shard_of(tensor: torch.Tensor) -> torch.Tensor:
-    """What this process holds of a tensor: all of it, unless FSDP2 has sharded it."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def gather(shard: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The whole of a tensor that is sharded in the same way as `like`. Every process must call this."""
-    if not isinstance(like, DTensor):
-        return shard
-    sharded = DTensor.from_local(
-        shard, like.device_mesh, like.placements, shape=like.shape, stride=like.stride(), run_check=False
-    )
-    return sharded.full_tensor()
 
 
 class Muon(torch.optim.Optimizer):
@@ -87,8 +78,10 @@ class Muon(torch.optim.Optimizer):
     one and not of the other. As in fused AdamW, the attribute `found_inf`, a tensor that is 1.0 or 0.0, turns a step
     into one that changes nothing, and the host does not wait for the device to know.
 
-    Weights that FSDP2 has sharded are updated as whole ones: each process gathers the look-ahead of a matrix,
-    orthogonalises all of it, and subtracts its own shard.
+    If several processes train together, each one on a machine orthogonalises an equal part of the matrices, and then
+    they exchange the results. Weights that FSDP2 has sharded are updated as whole ones: every process gathers the
+    look-aheads of all matrices, and in the end subtracts its own shard. Apart from rounding, the weights do not depend
+    on the number of processes. Every process must take each step, with gradients for the same parameters.
     """
 
     def __init__(
@@ -96,6 +89,11 @@ class Muon(torch.optim.Optimizer):
     ):
         defaults = {"lr": lr, "rate": 1.0, "betas": betas, "eps": 1e-8, "fused": fused, "momentum": momentum}
         super().__init__(groups, defaults)
+
+    @functools.cached_property
+    def machine(self) -> torch.distributed.ProcessGroup | None:
+        """The processes that share the orthogonalisation."""
+        return machine_group()
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -109,7 +107,9 @@ class Muon(torch.optim.Optimizer):
                 self._step_adamw(params, group, skip)
                 continue
             for p, update in zip(params, self._momentum(params, group["momentum"], skip), strict=True):
-                matrices = as_matrices(gather(update, like=p), group["parts"])
+                # rounded first, so that processes send half as many bytes
+                whole = gather(update.to(arithmetic_dtype(p.device)), like=p)
+                matrices = as_matrices(whole, group["parts"])
                 batches[matrices.shape[1:]].append((p, matrices, group))
         for batch in batches.values():
             params, updates, groups = zip(*batch, strict=True)
@@ -135,25 +135,19 @@ class Muon(torch.optim.Optimizer):
 
     def _step_matrices(self, params: list, updates: list, groups: list, skip: torch.Tensor | None) -> None:
         """Orthogonalise the updates (parts, R, C) of several weights in one batch, and subtract them."""
-        dtype = arithmetic_dtype(params[0].device)
-        together = torch.cat([matrices.to(dtype) for matrices in updates])  # (N, R, C)
+        together = torch.cat(updates)  # (N, R, C)
         keep: torch.Tensor | float = 1.0
         if skip is not None:
             keep = 1 - skip  # 0.0 leaves every weight as it is
             together.mul_(keep)
-        steps = orthogonalize(together, COEFFICIENTS).split([len(matrices) for matrices in updates])
-        for p, step, group in zip(params, steps, groups, strict=True):
+        steps = share(lambda batch: orthogonalize(batch, COEFFICIENTS), together, self.machine)
+        for p, step, group in zip(params, steps.split([len(each) for each in updates]), groups, strict=True):
             rate = group["lr"] * group["rate"]
             rows, columns = p.shape[0] // group["parts"], p.shape[1]
             shard_of(p).mul_(1 - rate * group["weight_decay"] * keep)
             scale = rate * math.sqrt(max(1, rows / columns))
-            if not isinstance(p, DTensor):
-                as_matrices(p, group["parts"]).sub_(step, alpha=scale)
-                continue
-            whole = torch.empty(p.shape, dtype=step.dtype, device=step.device)
-            as_matrices(whole, group["parts"]).copy_(step)
-            mine = distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)  # no communication
-            shard_of(p).sub_(shard_of(mine), alpha=scale)
+            whole = as_weight(step, rows)
+            shard_of(p).sub_(cut(whole, like=p), alpha=scale)
 
     def _step_adamw(self, params: list[torch.Tensor], group: dict, skip: torch.Tensor | None) -> None:
         for p in params:

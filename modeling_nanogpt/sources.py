@@ -326,8 +326,8 @@ def adopt_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
         holder.pad_token_id = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     tokenizer.model_max_length = model.config.max_position_embeddings
     model.generation_config.max_length = model.config.max_position_embeddings  # for callers that name no length
-    padding = list(range(len(tokenizer), model.config.vocab_size))
-    model.generation_config.suppress_tokens = padding or None
+    never = {*range(len(tokenizer), model.config.vocab_size), model.config.pad_token_id} - {None, end}
+    model.generation_config.suppress_tokens = sorted(never) or None
 
 
 def find_file(name: str, file: str, revision: str | None = None) -> str | None:

@@ -254,11 +254,12 @@ def test_trainer_smooths_the_label_of_the_next_token(tmp_path, adapted, prompt):
 def test_a_padding_token_of_its_own_leaves_the_ends_of_texts_to_be_learned(run, tmp_path, spare):
     # the steps of docs/clients.md
     tokenizer = load(run)[1]
+    tokenizer.pad_token = tokenizer.eos_token  # as earlier releases made it
     model = make_model(vocab_size=len(tokenizer) + spare, block_size=16)
     ids = torch.arange(8)[None]
     before = model(ids).logits[..., : len(tokenizer)]
     end, count = tokenizer.eos_token_id, len(tokenizer)
-    tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    tokenizer.add_special_tokens({"pad_token": "<|padding|>"})  # <|pad|> is in its vocabulary
     if tokenizer.pad_token_id >= model.config.vocab_size:
         model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
     assert tokenizer.pad_token_id == count < model.config.vocab_size and tokenizer.eos_token_id == end
@@ -294,6 +295,8 @@ def test_peft_trains_saves_loads_and_merges_a_lora_adapter(tmp_path):
     model, x = make_model(initializer_range=0.1), make_tokens(4, 16)
     model.save_pretrained(tmp_path / "base")
     frozen = {name: weight.clone() for name, weight in model.state_dict().items()}
+    with pytest.raises(ValueError, match="target_modules"):  # then docs/clients.md could do without
+        peft.get_peft_model(model, peft.LoraConfig())
     adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear"))
     linear = [name for name, module in adapted.named_modules() if isinstance(module, peft.tuners.lora.Linear)]
     assert len(linear) == 2 * 4  # every matrix of both blocks, and not the head

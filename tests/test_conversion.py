@@ -324,8 +324,8 @@ def test_the_tokenizer_gpt2_is_tiktokens(tmp_path, monkeypatch):
 def test_ids_beyond_the_tokenizer_are_never_generated(tmp_path, monkeypatch, tokenizer):
     run_convert(monkeypatch, write_ckpt(tmp_path / "ckpt.pt", ours()), tmp_path / "b", "--tokenizer", tokenizer)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "b")
-    assert model.generation_config.suppress_tokens == list(range(322, 384))
-    assert model.config.eos_token_id == 321
+    assert (model.config.pad_token_id, model.config.eos_token_id) == (320, 321)
+    assert model.generation_config.suppress_tokens == [320, *range(322, 384)]
 
 
 @pytest.mark.parametrize("to", ["nanogpt", "gpt2"])

@@ -70,3 +70,25 @@ def test_ctrl_c_ends_a_command_in_one_line(event, what, command, folder):
     assert status == 130, said
     assert "Traceback" not in said and "interrupted" in said.splitlines()[-1] or "stopped" in said.splitlines()[-1]
     assert not (folder / "out").exists() and not (folder / "out.partial").exists()
+
+
+IN_A_DESTRUCTOR = """
+import os, signal, time
+from command_start import begin_command
+
+class Dying:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+
+begin_command("this")
+Dying()
+time.sleep(60)
+"""
+
+
+def test_ctrl_c_in_a_destructor_is_not_lost():
+    # SIGINT is ignored in what a shell starts in the background, and pytest may be such a process
+    script = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)" + IN_A_DESTRUCTOR
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    child = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=50)
+    assert (child.returncode, child.stderr) == (130, "\nthis: interrupted\n")

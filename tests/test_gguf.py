@@ -147,19 +147,20 @@ def test_a_file_holds_the_tokenizer(folders, tmp_path, monkeypatch, kind):
     assert texts == tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     kinds = dict.fromkeys(range(len(tokens)), gguf.TokenType.NORMAL)
     kinds |= {i: gguf.TokenType.BYTE for i, token in enumerate(tokens) if kind == "char" and token.startswith("<0x")}
-    kinds |= {tokenizer.eos_token_id: gguf.TokenType.CONTROL}
+    kinds |= dict.fromkeys((tokenizer.eos_token_id, tokenizer.pad_token_id), gguf.TokenType.CONTROL)
     assert types == list(kinds.values())
     if kind == "char":
         assert value_of(reader, "tokenizer.ggml.model") == "llama"
         assert value_of(reader, "tokenizer.ggml.add_space_prefix") is False
         assert "\u2581" in tokens and " " not in tokens
         assert value_of(reader, "tokenizer.ggml.scores") == [0.0] * len(tokens)
-        assert types.count(gguf.TokenType.BYTE) == 256
+        assert types.count(gguf.TokenType.BYTE) == 255  # the byte 0xFF is in no text: padding has its token
     else:
         assert value_of(reader, "tokenizer.ggml.model") == "gpt2" and value_of(reader, "tokenizer.ggml.pre") == "gpt-2"
         merges = value_of(reader, "tokenizer.ggml.merges")
         assert [merge.split(" ") for merge in merges] == [list(merge) for merge in spec["model"]["merges"]]
-    for key in ("bos", "eos", "padding", "unknown"):
+    assert value_of(reader, "tokenizer.ggml.padding_token_id") == tokenizer.pad_token_id
+    for key in ("bos", "eos", "unknown"):
         assert value_of(reader, f"tokenizer.ggml.{key}_token_id") == tokenizer.eos_token_id
     assert value_of(reader, "tokenizer.ggml.add_bos_token") is False
 

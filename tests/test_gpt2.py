@@ -21,7 +21,8 @@ def vocabulary_files() -> dict[str, bytes]:
     printable = [byte for byte in range(256) if chr(byte).isprintable() and byte != ord(" ")]
     others = [byte for byte in range(256) if byte not in printable]
     characters = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]
-    pairs = list(itertools.islice(itertools.product(characters, repeat=2), 50_000))
+    letters = [character for character in characters if character != "ÿ"]  # the byte 0xFF is in no text
+    pairs = list(itertools.islice(itertools.product(letters, repeat=2), 50_000))
     merges = "".join(f"{first} {second}\n" for first, second in pairs)
     tokens = characters + ["".join(pair) for pair in pairs]
     ids = {token: i for i, token in enumerate(tokens)}

@@ -341,3 +341,36 @@ def test_no_token_is_printed(hub, tmp_path):
     said, warned = pushed(hub, tmp_path, 'run = Run("alice/run")\nrun.save(1)\nrun.pusher.finish()')
     assert any("(the token) may not" in line for line in warned)
     assert not any("hf_alice" in line for line in said + warned)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fetching
+
+
+def test_a_fetch_that_was_killed_leaves_no_half_of_a_file(hub, tmp_path):
+    files = {"config.json": b"{}", "model.safetensors": b"weights " * 99, "tokenizer.json": b"{}"}
+    last = {"last-checkpoint/step-00000004/state.json": b"{}"}
+    hub.put("models", "alice/run", files | last)
+    killed = """
+    import os, shutil
+    from pathlib import Path
+    from modeling_nanogpt.training.hub import fetch_run
+
+    def die_half_way(source, target):
+        content = Path(source).read_bytes()
+        Path(target).write_bytes(content[: len(content) // 2])
+        if Path(source).name == "model.safetensors":
+            os._exit(9)
+        Path(target).write_bytes(content)
+
+    shutil.copyfile = die_half_way
+    fetch_run("alice/run", Path("out"))
+    """
+    out_dir = tmp_path / "machine" / "out"
+    assert start(hub, tmp_path / "machine", killed).returncode == 9
+    assert (out_dir / "config.json").exists() and not (out_dir / "model.safetensors").exists()
+    pushed(hub, tmp_path / "machine", killed.replace("shutil.copyfile = die_half_way", ""))
+    found = {name: (out_dir / name).read_bytes() for name in files}
+    assert found == files
+    assert (out_dir / "checkpoints" / "step-00000004" / "state.json").read_bytes() == b"{}"
+    assert {path.name for path in out_dir.iterdir()} <= {*files, "checkpoints", ".fetching"}

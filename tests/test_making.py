@@ -112,6 +112,17 @@ def test_the_result_does_not_depend_on_num_proc_or_on_what_is_done_at_a_time(cor
         assert stored_ids(tmp_path / "whole", split) == stored_ids(tmp_path / "1", split)
 
 
+def test_a_process_may_have_no_document_of_a_split(tmp_path):
+    # of three documents, each its own process's, the second is for validation
+    write_corpus(tmp_path / "files", ["abc" * 500, "bca", "cab" * 500])
+    flags = {"corpus": tmp_path / "files", "data_dir": tmp_path / "data"}
+    record = prepare_flags(num_proc=3, **flags)
+    assert record["documents"] == {"train": 2, "val": 1} and record["tokens"] == {"train": 3002, "val": 4}
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "data")
+    end = tokenizer.eos_token
+    assert tokenizer.decode(stored_ids(tmp_path / "data", "train")) == "abc" * 500 + end + "cab" * 500 + end
+
+
 def test_files_hold_whole_rows_and_no_row_is_lost_between_them(corpora, tmp_path, command):
     child = command(f"--corpus={corpora / 'long.txt'}", f"--data_dir={tmp_path / 'data'}").result()
     assert child.returncode == 0, child.stderr

@@ -2,12 +2,16 @@
 
 import copy
 import math
+import os
 import shutil
 
 import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import GPT2LMHeadModel
 
 from modeling_nanogpt import NanoGPTConfig, NanoGPTForCausalLM, muon
@@ -265,3 +269,79 @@ def test_what_muon_trained_is_a_stock_gpt2_and_comes_back(tmp_path):
     torch.testing.assert_close(stock(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-5)
     back = weights_from_gpt2(stock.state_dict())
     assert all(torch.equal(back[name], weights[name]) for name in weights)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several processes share the work
+
+
+def train_20_steps(monkeypatch, sharded: bool = False) -> tuple[dict[str, torch.Tensor], list[int]]:
+    """Take 20 steps with random gradients. Returns the weights, and how many matrices each batch had.
+
+    In the fourth step a weight has no gradient, and the sixth step is skipped.
+    """
+    batches, orthogonalize = [], muon.orthogonalize
+
+    def noted(matrices, coefficients):
+        batches.append(len(matrices))
+        return orthogonalize(matrices, coefficients)
+
+    monkeypatch.setattr(muon, "orthogonalize", noted)
+    monkeypatch.setattr(muon, "arithmetic_dtype", lambda device: torch.float32)
+    model = tiny_model(n_layer=3)
+    if sharded:
+        fully_shard(model, mesh=init_device_mesh("cpu", (torch.distributed.get_world_size(),)))
+    optimizer = make("muon", model, 0.02, weight_decay=0.1)
+    for step in range(20):
+        torch.manual_seed(step)
+        for p in model.parameters():
+            gradient = torch.randn(p.shape)
+            if step == 5:
+                gradient[0] = math.nan
+            p.grad = distribute_tensor(gradient, p.device_mesh, p.placements) if sharded else gradient
+        if step == 3:
+            model.transformer.h[1].mlp.c_fc.weight.grad = None
+        optimizer.found_inf = torch.tensor(float(step == 5))
+        optimizer.step()
+    weights = {name: whole_of(p.detach()).clone() for name, p in model.named_parameters()}
+    return weights, batches
+
+
+def whole_of(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def train_beside_others(folder: str, machines: list[int]) -> None:
+    """Each of several processes runs this. `machines` has a number for each process: of those on its machine."""
+    os.environ["LOCAL_WORLD_SIZE"] = str(machines[int(os.environ["RANK"])])
+    torch.distributed.init_process_group("gloo")
+    results = {}
+    for kind in ("DDP", "FSDP2"):
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            results[kind] = train_20_steps(monkeypatch, sharded=kind == "FSDP2")
+    torch.save(results, f"{folder}/{os.environ['RANK']}")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("machines", "shares"),
+    [
+        ([2, 2], [[6, 3]] * 2),  # of 12 square matrices and 6 of the MLP
+        ([4, 4, 4, 4], [[3, 2]] * 3 + [[3, 0]]),
+        ([2, 2, 2, 2], [[6, 3]] * 4),  # two machines
+        ([3, 3, 3, 1], [[12, 6]] * 4),  # machines that differ share nothing
+    ],
+    ids=["two on a machine", "four on a machine", "two machines", "unequal machines"],
+)
+def test_processes_that_share_the_work_take_the_steps_of_one(tmp_path, monkeypatch, machines, shares):
+    expected, _ = train_20_steps(monkeypatch)
+    count = len(machines)
+    running = call_together(count, train_beside_others, str(tmp_path), machines, log=tmp_path / "log")
+    assert finish(*running) == [0] * count, (tmp_path / "log.0").read_text()
+    results = [torch.load(tmp_path / str(rank)) for rank in range(count)]
+    for kind in ("DDP", "FSDP2"):
+        assert [result[kind][1][:2] for result in results] == shares
+        for weights, _ in (result[kind] for result in results):
+            assert all(torch.equal(weights[name], results[0][kind][0][name]) for name in weights)  # replicas
+            assert max((weights[name] - expected[name]).abs().max() for name in expected) < 1e-5

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from unittest.mock import patch
 
 import pytest
 from transformers import AutoModelForCausalLM
@@ -288,6 +289,58 @@ def test_a_worker_that_is_killed_while_it_starts_ends_in_one_line(which, delay, 
     assert process.returncode in (0, 2) and "Traceback" not in said  # it may have ended its work before
     if process.returncode:
         assert "a process that tokenizes has died, perhaps for want of memory" in said.splitlines()[-1]
+
+
+def lose_a_worker(moment, held, in_thread=False):
+    """Tokenize with three workers. The first to start dies `moment` seconds later, and holds the lock of this name.
+
+    `datasets` looks 20 ms late at who works for it, as on a busy machine: before that, another worker may have come.
+    """
+    import datasets
+    from datasets import arrow_dataset
+    from multiprocess import Semaphore, pool
+
+    from tokenization.workers import watched_workers
+
+    once, work, flatmap = Semaphore(1), pool.worker, arrow_dataset.iflatmap_unordered
+
+    def work_or_die(inqueue, outqueue, *rest):
+        if once.acquire(block=False):
+            time.sleep(moment)
+            {"to read": inqueue._rlock, "to write": outqueue._wlock}.get(held, once).acquire(timeout=0.1)
+            os.kill(os.getpid(), signal.SIGKILL)
+        work(inqueue, outqueue, *rest)
+
+    def flatmap_late(*arguments, **keywords):
+        time.sleep(0.02)
+        yield from flatmap(*arguments, **keywords)
+
+    def tokenize():
+        with pytest.raises(OSError, match="^a process that tokenizes has died, .*$"), watched_workers():
+            rows.map(lambda row: row, num_proc=3)
+        print("one line", flush=True)
+
+    datasets.disable_progress_bars()
+    rows = datasets.Dataset.from_dict({"text": ["a"] * 99})
+    with patch.object(pool, "worker", work_or_die), patch.object(arrow_dataset, "iflatmap_unordered", flatmap_late):
+        if not in_thread:
+            return tokenize()
+        thread = threading.Thread(target=tokenize)
+        thread.start()
+        thread.join()
+
+
+def lose_workers(held):
+    for moment in (0, 0.002, 0.005, 0.01, 0.02, 0.05):
+        lose_a_worker(moment, held)
+    lose_a_worker(0.01, held, in_thread=True)
+
+
+@pytest.mark.parametrize("held", ["nothing", "to read", "to write"])
+def test_a_worker_that_dies_with_a_lock_ends_in_one_line(held, tmp_path):
+    log = tmp_path / "log"
+    assert finish(fork(call, lose_workers, (held,), str(log), {}), seconds=60) == [0]
+    assert log.read_text() == "one line\n" * 7
 
 
 UNGUARDED = """

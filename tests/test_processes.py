@@ -357,15 +357,14 @@ def orthogonalise_in_float32() -> None:
     muon.arithmetic_dtype = lambda device: torch.float32
 
 
-def test_fsdp2_trains_with_muon_as_one_process_does(folder, tmp_path):
+def test_several_processes_train_with_muon_as_one_does(folder, tmp_path):
     flags = ("--optimizer=muon", "--learning_rate=0.02", "--max_iters=20", "--save_interval=10")
     flags += ("--lr_decay_iters=20", "--eval_interval=20", "--gradient_accumulation_steps=4")
     exact = ((orthogonalise_in_float32,),)
     one = run_together(folder, tmp_path / "one", 1, *flags, before=lambda rank: exact)
-    weights = {
-        count: run_sharded(folder, tmp_path / str(count), *flags, before=exact, processes=count) for count in (2, 4)
-    }
-    for run in weights.values():
+    runs = [run_sharded(folder, tmp_path / str(count), *flags, before=exact, processes=count) for count in (2, 4)]
+    runs.append(run_together(folder, tmp_path / "ddp", 2, *flags, before=lambda rank: exact))
+    for run in runs:
         assert_close(run, one, tolerance=1e-4)
         ours, theirs = (load_file(each.out_dir / "model.safetensors") for each in (run, one))
         assert max((ours[name] - theirs[name]).abs().max() for name in theirs) < 1e-5

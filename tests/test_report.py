@@ -237,7 +237,8 @@ def test_samples_are_drawn_from_the_probabilities_of_the_model(run):
     tokenizer = AutoTokenizer.from_pretrained(run.out_dir)
     with torch.no_grad():
         model.transformer.wpe.weight.normal_(generator=torch.Generator().manual_seed(0))  # positions count
-    unused = torch.arange(model.config.vocab_size) >= len(tokenizer)  # likely, but no token of the tokenizer
+    unused = torch.arange(model.config.vocab_size) >= len(tokenizer)  # likely, but no token of the tokenizer,
+    unused[tokenizer.pad_token_id] = True  # or none of a text
     model.lm_head.register_forward_hook(lambda module, inputs, logits: logits + 100.0 * unused)
     drawn = draw_samples(model, tokenizer)
     model.eval()

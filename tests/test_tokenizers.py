@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import regex
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, DataCollatorForLanguageModeling, PreTrainedTokenizerFast
 
 from support import PATIENCE
 from support.needs import needs_gpt2
@@ -92,11 +92,46 @@ def test_nothing_is_added_to_a_prompt(tokenizer):
 # What a batch of prompts gets
 
 
-def test_end_of_text_begins_ends_pads_and_is_the_unknown_token(tokenizer):
-    assert tokenizer.eos_token == tokenizer.bos_token == tokenizer.pad_token == tokenizer.unk_token == END
-    assert tokenizer.eos_token_id == tokenizer.bos_token_id == tokenizer.pad_token_id
+def test_end_of_text_begins_and_ends_and_is_the_unknown_token(tokenizer):
+    assert tokenizer.eos_token == tokenizer.bos_token == tokenizer.unk_token == END
+    assert tokenizer.eos_token_id == tokenizer.bos_token_id
     assert tokenizer.decode([tokenizer.eos_token_id]) == END
     assert tokenizer.decode([tokenizer.eos_token_id], skip_special_tokens=True) == ""
+
+
+def test_padding_has_a_token_of_its_own_which_no_text_has(tokenizer):
+    assert tokenizer.pad_token == "<|pad|>" and tokenizer.pad_token_id not in (tokenizer.eos_token_id, None)
+    letters = "".join(map(chr, range(0x20, 0x250)))  # among them those that GPT-2 writes for bytes
+    for text in [*HARD_TEXTS, "<|pad|> <0xFF>", letters]:
+        ids = encode(tokenizer, text)
+        assert tokenizer.pad_token_id not in ids and tokenizer.decode(ids) == text
+    assert len(tokenizer) == len(tokenizer.get_vocab()) == max(tokenizer.get_vocab().values()) + 1
+    assert tokenizer.decode([tokenizer.pad_token_id], skip_special_tokens=True) == ""
+
+
+def test_ends_of_texts_are_targets_and_padding_is_not(tokenizer):
+    rows = [tokenizer(text + tokenizer.eos_token) for text in ("to be", "or not to be")]
+    batch = DataCollatorForLanguageModeling(tokenizer, mlm=False)(rows)
+    ends, padding = (batch["input_ids"] == i for i in (tokenizer.eos_token_id, tokenizer.pad_token_id))
+    assert ends.sum() == 2 and padding.any()
+    assert (batch["labels"][ends] != -100).all() and (batch["labels"][padding] == -100).all()
+
+
+def padding_with_the_end(tokenizer):
+    """The same tokenizer as earlier releases made it: the byte 0xFF has its token, the end-of-text token pads."""
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] == END]
+    name = "<0xFF>" if "<0xFE>" in spec["model"]["vocab"] else "ÿ"
+    spec["model"]["vocab"][name] = spec["model"]["vocab"].pop("<|pad|>")
+    tokens = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), END)
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(spec)), **tokens)
+
+
+def test_a_tokenizer_of_an_earlier_release_is_the_same(tokenizer):
+    earlier = padding_with_the_end(tokenizer)
+    assert earlier.get_vocab() != tokenizer.get_vocab()
+    assert same_tokenizer(earlier, tokenizer) and same_tokenizer(tokenizer, earlier)
+    assert encode(earlier, TEXT) == encode(tokenizer, TEXT)
 
 
 def test_a_batch_is_padded_on_the_left(tokenizer):
@@ -192,7 +227,7 @@ def test_bpe_vocabulary_is_end_of_text_then_256_bytes_then_merges_in_order(token
     model = read_model(tokenizer, tmp_path)
     tokens = sorted(model["vocab"], key=model["vocab"].get)
     assert tokens[0] == END and tokenizer.eos_token_id == 0
-    assert set(tokens[1:257]) == set(byte_letters().values())
+    assert set(tokens[1:257]) == set(byte_letters().values()) - {"ÿ"} | {"<|pad|>"}
     assert tokens[257:] == [left + right for left, right in model["merges"]]
 
 
@@ -212,7 +247,7 @@ def test_bpe_merges_join_no_two_words(tokenizers):
     # Every token that is more than one byte is, as text, one word of GPT-2's pattern; a character may be cut in two.
     letters = {letter: byte for byte, letter in byte_letters().items()}
     for token in tokenizers["bpe"].get_vocab():
-        text = bytes(letters[letter] for letter in token).decode(errors="ignore") if token != END else ""
+        text = bytes(letters[letter] for letter in token).decode(errors="ignore") if token[:2] != "<|" else ""
         assert len(GPT2_WORDS.findall(text)) <= 1, ascii(text)
 
 
@@ -316,7 +351,7 @@ def test_gpt2_is_an_ordinary_tokenizer_that_loses_nothing(tmp_path):
     make_gpt2_tokenizer().save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert len(tokenizer) == 50_257 and tokenizer.eos_token == END and tokenizer.eos_token_id == 50_256
-    assert encode(tokenizer, "Hello world") == [15496, 995]
+    assert encode(tokenizer, "Hello world") == [15496, 995] and tokenizer.decode([tokenizer.pad_token_id]) == "<|pad|>"
     for text in [TEXT, *HARD_TEXTS, *random_texts(200, seed=6)]:
         assert tokenizer.decode(encode(tokenizer, text)) == text
 

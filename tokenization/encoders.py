@@ -31,6 +31,9 @@ OTHER_WORDS = {
     for digits in ("", "{1,3}")
 }
 MISSING = 2**32 - 1  # in a table: no token for this character
+# 0xFF is in no UTF-8 text, so a vocabulary may lack a token for it. Its names in a vocabulary of characters, and in
+# GPT-2's letters for bytes:
+UNUSED_BYTE, UNUSED_LETTER = "<0xFF>", "ÿ"
 LONG_SPACE = re.compile(r"\s{65536}")  # what overflows tiktoken's stack, well before it does
 LONG_WORD = re.compile(r"\S{65536}")  # on which tiktoken takes minutes
 RENEWAL = 2**27  # characters after which gigatoken starts afresh: its cache of words has no bound of its own
@@ -96,7 +99,7 @@ class LibraryEncoder:
         self.unknown_id = tokenizer.token_to_id(unknown) if unknown else spec["model"].get("unk_id")
         # without an unknown token, a BPE drops the characters that it does not know, unless it is one of bytes
         self.drops = spec["model"]["type"] == "BPE" and not unknown and not spec["model"]["byte_fallback"]
-        self.drops = self.drops and not set(byte_letters()) <= spec["model"]["vocab"].keys()
+        self.drops = self.drops and not set(byte_letters()) - {UNUSED_LETTER} <= spec["model"]["vocab"].keys()
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         try:
@@ -181,7 +184,7 @@ def make_encoder(tokenizer: Tokenizer, fastest: bool = True) -> Encoder:
         model, words = spec["model"], words_of(spec["pre_tokenizer"])
         if model["type"] == "BPE" and not model["merges"] and model["byte_fallback"] and words == "":
             characters = {token: i for token, i in model["vocab"].items() if len(token) == 1}
-            byte_ids = [model["vocab"].get(f"<0x{byte:02X}>") for byte in range(256)]
+            byte_ids = [model["vocab"].get(f"<0x{byte:02X}>") for byte in range(0xFF)]
             if None not in byte_ids:
                 return TableEncoder(characters, byte_ids)
         alone = model.get("unk_token") not in model["vocab"]
@@ -232,16 +235,18 @@ def ranks_of(model: dict, special: set[str]) -> dict[bytes, int] | None:
         return None
     letters = {letter: byte for byte, letter in enumerate(byte_letters())}
     vocabulary = {token: i for token, i in model["vocab"].items() if token not in special}
-    if not set().union(*vocabulary) <= letters.keys() or not letters.keys() <= vocabulary.keys():
+    if not set().union(*vocabulary) <= letters.keys() or not letters.keys() - {UNUSED_LETTER} <= vocabulary.keys():
         return None
     merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
     made = [vocabulary.get(left + right, -1) for left, right in merges]
-    if made != sorted(made) or {vocabulary[letter] for letter in letters} | set(made) != set(vocabulary.values()):
+    single = {i for token, i in vocabulary.items() if token in letters}
+    if made != sorted(made) or single.union(made) != set(vocabulary.values()):
         return None
     library = models.BPE(vocab=vocabulary, merges=merges)
     if any(len(library.tokenize(token)) != 1 for token in vocabulary):
         return None
     table = str.maketrans({letter: chr(byte) for letter, byte in letters.items()})
+    vocabulary.pop(UNUSED_LETTER, None)  # so that two vocabularies, one of which lacks it, are the same
     return {token.translate(table).encode("latin-1"): i for token, i in vocabulary.items()}
 
 

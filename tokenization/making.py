@@ -384,7 +384,7 @@ def cut_rows(rows: pa.Table, files: list[str], starts: list[int], split: str) ->
     parts = [
         open_tokens(file, split).read(max(start - first, 0), min(end, last) - first)
         for file, first, last in zip(files, starts, starts[1:], strict=False)
-        if first < end and start < last
+        if max(start, first) < min(end, last)  # a file may have no token of a split
     ]
     offsets = np.minimum(np.arange(len(numbers) + 1) * ROW, end - start).astype(np.int32)
     return pa.table({"input_ids": pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(parts)))})

@@ -3,6 +3,7 @@
 Each is an ordinary fast tokenizer, which AutoTokenizer loads with no code of ours.
 """
 
+import json
 import os
 import re
 import sys
@@ -17,9 +18,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerFast
 
 from .documents import first_line, read_file
-from .encoders import TiktokenEncoder, make_encoder
+from .encoders import UNUSED_BYTE, UNUSED_LETTER, TableEncoder, TiktokenEncoder, make_encoder
 
-END_OF_TEXT = "<|endoftext|>"
+END_OF_TEXT, PADDING = "<|endoftext|>", "<|pad|>"
 # The trainer of the `tokenizers` library takes hours for a word of a million letters: it is given such parts. In a
 # text without spaces, hardly two parts are alike, and a million characters take two seconds and 50 MB: hence a bound.
 LONG_WORD = re.compile(r"\S{1000}")
@@ -93,13 +94,13 @@ def same_tokenizer(first: PreTrainedTokenizerFast, second: PreTrainedTokenizerFa
     if backends[0].to_str() == backends[1].to_str():
         return True
     one, other = (make_encoder(backend) for backend in backends)
-    return (
-        isinstance(one, TiktokenEncoder)
-        and isinstance(other, TiktokenEncoder)
-        and one.ranks == other.ranks
-        and (one.words == other.words or one.cuts and other.cuts)
-        and (len(first), first.eos_token_id) == (len(second), second.eos_token_id)
-    )
+    if isinstance(one, TableEncoder) and isinstance(other, TableEncoder):
+        same = np.array_equal(one.table, other.table) and np.array_equal(one.byte_ids, other.byte_ids)
+    elif isinstance(one, TiktokenEncoder) and isinstance(other, TiktokenEncoder):
+        same = one.ranks == other.ranks and (one.words == other.words or (one.cuts and other.cuts))
+    else:
+        same = False
+    return same and (len(first), first.eos_token_id) == (len(second), second.eos_token_id)
 
 
 def check_tokens(
@@ -115,12 +116,20 @@ def check_tokens(
 
 
 def fast_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    """Wrap a tokenizer, with <|endoftext|> as its one special token; what it decodes is left as it is."""
+    """Wrap a tokenizer, with special tokens for the end of a text and for padding; what it decodes is left as it is.
+
+    If one token did both, collators would mask the ends of texts, and no model would learn them. No text in UTF-8 has
+    the byte 0xFF, so padding takes the token of this byte: no other id changes, and a model needs no further row.
+    """
+    spec = json.loads(tokenizer.to_str())
+    vocabulary = spec["model"]["vocab"]
+    unused = UNUSED_BYTE if UNUSED_BYTE in vocabulary else UNUSED_LETTER
+    vocabulary[PADDING] = vocabulary.pop(unused)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+        tokenizer_object=Tokenizer.from_str(json.dumps(spec)),
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,
-        pad_token=END_OF_TEXT,
+        pad_token=PADDING,
         unk_token=END_OF_TEXT,  # as GPT-2's own has it, because some tools fail without one; no text is encoded to it
         padding_side="left",  # a batch of prompts is continued on its right
         clean_up_tokenization_spaces=False,
@@ -218,7 +227,9 @@ def make_gpt2_tokenizer() -> PreTrainedTokenizerFast:
     converter = TikTokenConverter(pattern=encoding._pat_str, extra_special_tokens=[END_OF_TEXT])
     # there is no file to read them from
     converter.load_tiktoken_bpe = lambda tiktoken_url: encoding._mergeable_ranks  # type: ignore[method-assign]
-    return fast_tokenizer(converter.converted())
+    tokenizer = converter.converted()
+    tokenizer.model.ignore_merges = False  # GPT-2's merges make all its tokens
+    return fast_tokenizer(tokenizer)
 
 
 def get_encoding() -> tiktoken.Encoding:

@@ -1,20 +1,19 @@
 """The processes that tokenize: what happens if one of them dies, or runs a script that was not written for them."""
 
 import os
-import signal
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType
+from contextlib import contextmanager, suppress
 
-import multiprocess  # what `datasets` starts its processes with
-from multiprocess.process import current_process
+import multiprocess.pool  # what `datasets` starts its processes with
+from multiprocess.process import BaseProcess, current_process
 
 DIED = (
     "a process that tokenizes has died, perhaps for want of memory: take a smaller --num_proc. (A script of your own "
     'needs `if __name__ == "__main__":` around what it does, if it takes more than one process)'
 )
-GRACE = 5  # seconds after the end of a worker in which the pool may close by itself
+TICK = 0.05  # seconds between two looks at them
 
 
 def leave_if_worker() -> None:
@@ -29,37 +28,57 @@ def leave_if_worker() -> None:
 
 @contextmanager
 def watched_workers() -> Iterator[None]:
-    """Raise OSError if a worker dies.
-
-    `datasets` notices most deaths. But when it closes its pool, it waits for ever for a lock that a dead worker held,
-    so an alarm ends this waiting. Only the main thread of a process gets signals, and Windows has no such signals.
-    """
-    ended = []
-
-    def note(*_):
-        ended.append(True)
-        signal.alarm(GRACE)
-
-    def stop(_, frame: FrameType | None):
-        while frame:
-            if frame.f_code.co_name == "_help_stuff_finish":  # the function of the pool that waits for the lock
-                raise OSError(DIED)
-            frame = frame.f_back
-
-    watching = hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
-    if watching:
-        before = [signal.signal(signal.SIGCHLD, note), signal.signal(signal.SIGALRM, stop)]
+    """Raise OSError if a process that `datasets` starts dies."""
+    multiprocess.pool.Pool, Workers.started = Workers, False
     try:
         yield
-    except Exception as error:
-        lost = isinstance(error, EOFError | ConnectionError | multiprocess.TimeoutError) and ended
-        if not lost and DIED not in str(error) and "abruptly died" not in str(error):
+    except (RuntimeError, EOFError, ConnectionError, multiprocess.TimeoutError) as error:
+        other = isinstance(error, RuntimeError) and "abruptly died" not in str(error)  # which `datasets` says
+        if other or not Workers.started:
             raise
-        for worker in multiprocess.active_children():
-            worker.kill()
         raise OSError(DIED) from None
     finally:
-        if watching:
-            signal.alarm(0)
-            signal.signal(signal.SIGCHLD, before[0])
-            signal.signal(signal.SIGALRM, before[1])
+        multiprocess.pool.Pool = Workers.__base__
+
+
+class Workers(multiprocess.pool.Pool):
+    """A pool of processes whose tasks fail if a process dies.
+
+    The pool of `multiprocess` starts a new process instead. That one waits for ever if the dead one held a lock, and
+    so does the end of the pool.
+    """
+
+    started = False  # whether there has been a pool
+
+    def _repopulate_pool(self) -> None:  # is called once, before anything starts new processes
+        super()._repopulate_pool()
+        Workers.started = True
+        threading.Thread(target=self.watch, args=[list(self._pool)], daemon=True).start()
+
+    def watch(self, workers: list[BaseProcess]) -> None:
+        """Let every task fail from the death of a worker on, also those that are given later."""
+        died = False
+        while self._state != multiprocess.pool.TERMINATE:
+            died = died or any(worker.exitcode is not None for worker in workers)
+            for result in list(self._cache.values()) if died else []:
+                with suppress(KeyError):  # it has come after all
+                    result._set(0, (False, OSError(DIED)))
+            time.sleep(TICK)
+
+    def close(self) -> None:
+        """Do nothing: `datasets` waits for the results first, and terminate ends the processes."""
+
+    join = close
+
+    def terminate(self) -> None:
+        """End the processes and threads without waiting for a lock."""
+        self._terminate.cancel()  # what would be done at the end of Python otherwise
+        self._state = multiprocess.pool.TERMINATE
+        for thread in (self._worker_handler, self._task_handler, self._result_handler):
+            thread._state = multiprocess.pool.TERMINATE
+        self._change_notifier.put(None)
+        self._worker_handler.join()  # from here on, no process is started
+        for worker in self._pool:
+            worker.kill()
+            worker.join()
+        self._inqueue._reader.close()  # a thread that still writes there goes on to its end

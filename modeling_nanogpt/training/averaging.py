@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-from ..muon import shard_of
+from ..distributed import shard_of
 
 
 class Average:

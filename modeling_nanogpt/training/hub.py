@@ -214,7 +214,9 @@ def fetch_run(model_id: str, out_dir: Path) -> None:
             wanted = relative.parts[0] != LAST and not relative.parts[0].startswith(".")
             if path.is_file() and wanted and not target.exists():
                 target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, target)
+                aside = target.with_name(f".{target.name}.part")  # a killed run leaves no half of a file
+                shutil.copyfile(path, aside)
+                os.replace(aside, target)
         newest = out_dir / CHECKPOINTS / checkpoints[-1].name
         if not newest.exists():
             with folder_written_aside(newest) as staging:

@@ -18,6 +18,7 @@ import os
 import re
 import socket
 import subprocess
+import sys
 import threading
 import time
 from dataclasses import dataclass, field
@@ -150,7 +151,7 @@ class Hub:
     def start(self) -> None:
         """Listen, again on the same port after a stop."""
         handler = type("HubHandler", (Handler,), {"hub": self})
-        self.server = ThreadingHTTPServer(("127.0.0.1", self.port), handler)
+        self.server = Server(("127.0.0.1", self.port), handler)
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True)
         self.thread.start()
 
@@ -228,6 +229,12 @@ def is_large(path: str, sample: bytes) -> bool:
 
 def private_in(body: dict) -> bool:
     return body.get("visibility") == "private" or bool(body.get("private"))
+
+
+class Server(ThreadingHTTPServer):
+    def handle_error(self, request, client_address):
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # a client that was killed is no error of the server
+            super().handle_error(request, client_address)
 
 
 class Handler(BaseHTTPRequestHandler):
