@@ -315,9 +315,12 @@ def lose_a_worker(moment, held, in_thread=False):
         time.sleep(0.02)
         yield from flatmap(*arguments, **keywords)
 
+    def take_a_while(row):
+        time.sleep(0.005)  # 33 rows of a process take longer than any `moment`
+
     def tokenize():
         with pytest.raises(OSError, match="^a process that tokenizes has died, .*$"), watched_workers():
-            rows.map(lambda row: row, num_proc=3)
+            rows.map(take_a_while, num_proc=3)
         print("one line", flush=True)
 
     datasets.disable_progress_bars()

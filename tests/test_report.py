@@ -95,6 +95,7 @@ def make_report(record, name="a-model", block_size=16, recipe=None):
         data=record,
         step_tokens=50,
         hardware="a machine",
+        precision="no",
         compiled=False,
         resumed_from=None,
         introduction="",
