@@ -21,6 +21,11 @@ needs_gradio = pytest.mark.skipif(find_spec("gradio") is None, reason="gradio is
 needs_browser = pytest.mark.skipif(bool(missing_programs()), reason=f"{missing_programs()} not installed")
 TEXT = "document.querySelector('#text textarea').value"
 STATUS = "document.querySelector('#status').innerText"
+# whether the text has been the same for half a second, if this is asked again and again
+STANDS_STILL = f"""(() => {{
+    if (window.seen !== {TEXT}) {{ window.seen = {TEXT}; window.since = Date.now() }}
+    return Date.now() - window.since > 500
+}})()"""
 
 
 def in_chromium(test):
@@ -99,6 +104,7 @@ def test_a_text_grows_and_stops(browser):
     size = browser.wait_for(f"{TEXT}.startsWith('or not') && {TEXT}.length > 30 && {TEXT}.length")
     browser.wait_for(f"{TEXT}.length > {size}")
     browser.click("#stop")
+    browser.wait_for(STANDS_STILL)  # a click that comes before the stop has done its work would be stopped, too
     fill_in_and_start(browser, "to be", 5)  # would wait for the end of the long text
     browser.wait_for(f"{STATUS}.startsWith('5 tokens, ') && {TEXT}.startsWith('to be')")
 
