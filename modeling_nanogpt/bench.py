@@ -143,6 +143,7 @@ class Training:
         shutil.rmtree(out_dir, ignore_errors=True)
         places = [f"--data_dir={self.folder / 'data'}", f"--out_dir={out_dir}"]
         length = [f"--max_iters={steps}", f"--eval_interval={steps}", "--eval_tokens=1", f"--log_interval={every}"]
+        length += ["--always_save_checkpoint=true"]  # history.jsonl is written with the model
         printed, _, _ = run(ROOT / "train_accelerate.py", *self.flags, *places, *length, *flags)
         lines = (out_dir / "history.jsonl").read_text(encoding="utf-8").splitlines()
         entries = [entry for entry in map(json.loads, lines) if "loss" in entry]
