@@ -13,7 +13,7 @@ DIED = (
     "a process that tokenizes has died, perhaps for want of memory: take a smaller --num_proc. (A script of your own "
     'needs `if __name__ == "__main__":` around what it does, if it takes more than one process)'
 )
-TICK = 0.05  # seconds between two looks at them
+TICK = 0.05  # seconds between two looks at the processes
 
 
 def leave_if_worker() -> None:
