@@ -391,9 +391,8 @@ class NanoGPTForCausalLM(NanoGPTPreTrainedModel, GenerationMixin):
         tokens already, so that a window of T + 1 tokens has T targets. Either way a label of -100 does not count. The
         sum of the losses is divided by `num_items_in_batch` if that is given, and by the number of targets if not:
         this makes accumulated micro-batches exact. With skip_logits the caller gets the loss alone, and a training
-        step does not hold a second copy of (B, T, V). If the blocks compute their activations again in the backward
-        pass, so does the loss then, see loss_in_parts. logits_to_keep names the positions to compute logits for, see
-        select_positions.
+        step does not hold a second copy of (B, T, V). With gradient checkpointing, a training step computes the
+        loss by loss_in_parts. logits_to_keep names the positions to compute logits for, see select_positions.
         """
         # shift_labels is not in the signature: Trainer would take it for a label, and would not evaluate a loss if the
         # input has `labels` alone.
@@ -416,10 +415,9 @@ class NanoGPTForCausalLM(NanoGPTPreTrainedModel, GenerationMixin):
             loss = self.loss_in_parts(hidden_states, shift_labels, **kwargs)
         else:
             logits = self.lm_head(hidden_states)  # (B, T, V)
-        if logits is not None and (labels is not None or shift_labels is not None):
-            loss = self.loss_function(
-                logits=logits, labels=labels, shift_labels=shift_labels, vocab_size=self.config.vocab_size, **kwargs
-            )
+            if labels is not None or shift_labels is not None:
+                options = {"labels": labels, "shift_labels": shift_labels, "vocab_size": self.config.vocab_size}
+                loss = self.loss_function(logits=logits, **options, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=None if skip_logits else logits,

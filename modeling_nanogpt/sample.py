@@ -117,7 +117,7 @@ def main(arguments: argparse.Namespace) -> None:
     except ValueError as mistake:
         parser.error(str(mistake))
     device = move_to_accelerator(model)
-    # on a CPU, a sample is that of the float32 weights, to the token
+    # on a CPU, sampling stays in float32, so that it draws the tokens that transformers draws
     if device.type == "cuda" and choose_precision("auto", model.config, device, run={}).value == "bf16":
         model.to(torch.bfloat16)  # type: ignore[arg-type]  # transformers wraps `to` in a way that mypy cannot follow
     set_seed(arguments.seed)
