@@ -136,3 +136,15 @@ def test_fused_adamw_takes_the_step_of_the_plain_one():
             optimizer.zero_grad()
     for parameter, expected in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(parameter, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_all_matrices_of_muon_have_its_own_weight_decay_and_no_other_weight_has_it():
+    config = NanoGPTConfig(vocab_size=64, block_size=8, n_layer=2, n_head=2, n_embd=16, bias=True)
+    model = NanoGPTForCausalLM(config)
+    optimizer = make_optimizer(
+        "muon", model, learning_rate=0.1, betas=(0.9, 0.95), weight_decay=0.1, muon_weight_decay=0.5
+    )
+    decays = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    for name, p in model.named_parameters():
+        in_a_block = name.startswith("transformer.h.")
+        assert decays[p] == (0.0 if p.ndim == 1 else 0.5 if in_a_block else 0.1), name
