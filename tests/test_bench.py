@@ -27,7 +27,7 @@ def run_bench(*arguments, cwd):
 def test_training_is_timed_beside_loops_that_have_its_losses(tmp_path):
     corpus = write_corpus(tmp_path / "corpus", [TEXT] * 4)
     recipe = tmp_path / "recipe.yaml"
-    shape = "n_layer: 2\nn_head: 2\nn_embd: 32\nblock_size: 16\ndropout: 0.1\n"
+    shape = "n_layer: 2\nn_head: 2\nn_embd: 32\nblock_size: 16\ndropout: 0.1\nalways_save_checkpoint: false\n"
     recipe.write_text(f"corpus: {corpus}\n{shape}batch_size: 4\ngradient_accumulation_steps: 2\nwarmup_iters: 5\n")
     flags = ["--json", "--steps=40", "--rounds=1", "--also=--log_interval=10 --dtype=bfloat16"]
     done = run_bench("train", recipe, *flags, cwd=tmp_path)
