@@ -3,7 +3,8 @@
     python docs/ablation.py runs.jsonl cpu --seeds=4 --corpus=tinyshakespeare.txt     do the missing runs
     python docs/ablation.py runs.jsonl                                                show the runs in the file
 
-A finished run is a line in the file, and is not repeated. A run that was killed has no line, and starts again.
+A finished run is a line in the file, and is not repeated. A run that was killed has no line, and starts again. Changes
+that differ in `average_decay` alone are lines of one run, as training does not know of the average.
 """
 
 import argparse
@@ -19,10 +20,12 @@ from pathlib import Path
 
 import torch
 import yaml
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import train_accelerate
 from modeling_nanogpt import muon, optimization
 from modeling_nanogpt.modeling_nanogpt import NanoGPTPreTrainedModel
+from modeling_nanogpt.training.averaging import Average
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is compared: a base of flags, and under a name the flags and patches by which each variant differs from it.
@@ -267,13 +270,15 @@ AVERAGES = {
 }
 WIDTHS = {
     f"{width} wide, learning_rate {rate}{said}": {"n_embd": width, "learning_rate": rate, "adamw_times": times}
-    for width in (64, 256, 512)
+    for width in (64, 128, 256, 512, 768)
     for rate, said, times in (
         (0.015, "", 1),
         (0.03, "", 1),
         (0.06, "", 1),
+        (0.03, ", AdamW at a quarter of the rate", 0.25),
         (0.03, ", AdamW at half the rate", 0.5),
         (0.03, ", AdamW at twice the rate", 2),
+        (0.03, ", AdamW at four times the rate", 4),
         (0.03, ", AdamW at 8 / sqrt(n_embd)", 0.08 * width**0.5),
     )
 }
@@ -287,6 +292,8 @@ RECIPES = {
 STUDIES = {
     "cpu": (FIRST | CPU | {"max_iters": 450, "adamw_rate": 8 * 128**0.5}, CHANGES),
     "widths": (FAST | CPU | {"max_iters": 300, "dtype": "bfloat16"}, WIDTHS),
+    "shallow": (FAST | CPU | {"max_iters": 300, "dtype": "bfloat16", "n_layer": 2}, WIDTHS),
+    "shallow_bpe": (WIDE | FAST | {"max_iters": 300, "n_layer": 2}, WIDTHS),
     "wide": (WIDE | FIRST | {"adamw_rate": 8 * 256**0.5}, CHANGES),
     "recipes": (CPU, RECIPES),
     "knobs": (FAST | CPU | {"max_iters": 2000}, KNOBS),
@@ -299,19 +306,44 @@ STUDIES = {
 # Running
 
 
-def train(job: tuple) -> dict:
-    """Do one run and return its line. A patch may change this process, so each run needs a process of its own."""
-    study, variant, seed, common, threads = job
+class Averages:
+    """Several averages of the weights that Muon or AdamW has updated, beside one run."""
+
+    def __init__(self, decays: list[float]):
+        self.decays, self.steps, self.averages = decays, 0, list[Average]()
+
+    def __call__(self, optimizer, *arguments, **named):
+        """What each step of an optimizer calls at its end."""
+        if not self.averages:  # an average begins with the first weights, and forgets them at the first step
+            weights = torch.nn.ParameterList(p for group in optimizer.param_groups for p in group["params"])
+            self.averages = [Average(weights, decay) for decay in self.decays]
+        for average in self.averages:
+            average.update(self.steps, skip=torch.zeros(()))
+        self.steps += 1
+
+
+def train(job: tuple) -> list[dict]:
+    """Do one run and return its lines. A patch may change this process, so each run needs a process of its own."""
+    study, variants, seed, common, threads = job  # variants: the average_decay of each
     torch.set_num_threads(threads)
-    base, variants = STUDIES[study]
-    flags = base | variants[variant] | common | {"seed": seed}
+    base, changes = STUDIES[study]
+    flags = base | changes[variants[0]] | common | {"seed": seed}
     optimization.ADAMW_RATE = flags.pop("adamw_rate", optimization.ADAMW_RATE) * flags.pop("adamw_times", 1)
     flags.pop("patch", lambda: None)()
-    evaluate, calls = train_accelerate.evaluate, itertools.count()
+    flags.pop("average_decay", None)
+    averages = Averages([changes[variant].get("average_decay", 0.0) for variant in variants])
+    register_optimizer_step_post_hook(averages)
+    evaluate, calls, val_losses = train_accelerate.evaluate, itertools.count(), {variant: [] for variant in variants}
 
     def evaluate_val(*args, **size):
         call = next(calls)  # val and train take turns; only val is needed, and not at the start of the run
-        return math.nan if call == 0 or call % 2 else evaluate(*args, **size)
+        if call == 0 or call % 2:
+            return math.nan
+        for variant, average in zip(variants, averages.averages, strict=True):
+            with average.in_model():  # which is the model itself if the decay is 0
+                loss = evaluate(*args, **size)
+                val_losses[variant].append([averages.steps, loss])
+        return loss
 
     train_accelerate.evaluate = evaluate_val
     out_dir = tempfile.mkdtemp()
@@ -322,15 +354,26 @@ def train(job: tuple) -> dict:
     resolved = yaml.safe_load((Path(out_dir) / "run.yaml").read_text())
     shutil.rmtree(out_dir)
     tokens = math.prod(resolved[key] for key in ("gradient_accumulation_steps", "batch_size", "block_size"))
-    evaluated = [entry for entry in history if "val_loss" in entry and entry["step"] > 0]
-    return {
-        "study": study,
-        "variant": variant,
+    run = {
         "seed": seed,
         "tokens_per_step": tokens,
         "ms_per_step": 1000 * statistics.median(tokens / e["tokens_per_second"] for e in history if "loss" in e),
-        "val_losses": [[entry["step"], entry["val_loss"]] for entry in evaluated],
     }
+    return [{"study": study, "variant": variant, **run, "val_losses": val_losses[variant]} for variant in variants]
+
+
+def runs_of(study: str, variants: list[str]) -> list[list[str]]:
+    """Variants in groups, of which each takes one run: they differ in average_decay alone."""
+    changes = STUDIES[study][1]
+    groups: list[list[str]] = []
+    for variant in variants:
+        flags = changes[variant] | {"average_decay": 0}
+        alike = [group for group in groups if changes[group[0]] | {"average_decay": 0} == flags]
+        if alike:
+            alike[0].append(variant)
+        else:
+            groups.append([variant])
+    return groups
 
 
 def mean_and_deviation(numbers: list[float]) -> tuple[float, float]:
@@ -372,15 +415,15 @@ def main() -> None:
         common = dict(flag.lstrip("-").split("=", 1) for flag in common)
         variants = args.only or STUDIES[args.study][1]
         threads = os.cpu_count() // args.jobs
-        jobs = [
-            (args.study, variant, seed, common, threads) for seed in range(1, args.seeds + 1) for variant in variants
-        ]
-        jobs = [job for job in jobs if job[:3] not in there]
+        jobs = []
+        for seed in range(1, args.seeds + 1):
+            missing = [variant for variant in variants if (args.study, variant, seed) not in there]
+            jobs += [(args.study, group, seed, common, threads) for group in runs_of(args.study, missing)]
         with multiprocessing.get_context("fork").Pool(args.jobs, maxtasksperchild=1) as pool:
-            for run in pool.imap_unordered(train, jobs, chunksize=1):
+            for runs in pool.imap_unordered(train, jobs, chunksize=1):
                 with args.runs.open("a") as file:
-                    file.write(json.dumps(run) + "\n")
-                done.append(run)
+                    file.writelines(json.dumps(run) + "\n" for run in runs)
+                done += runs
     for study in STUDIES:
         show(study, done)
 
