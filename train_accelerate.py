@@ -79,7 +79,7 @@ class RunArguments:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob("auto", "arithmetic; auto: 16 bits if fast")
     gradient_checkpointing: bool = knob(False, "compute activations twice: less memory, more time")
     compile: bool | Literal["auto"] = knob("auto", "torch.compile; auto: on a GPU, and in a long run on a CPU")
-    attn_implementation: str = knob("sdpa", "sdpa, eager, flex_attention, or a kernel: kernels-community/flash-attn3")
+    attn_implementation: str = knob("auto", "sdpa, plain, eager, flex_attention, or a kernel on the Hub")
     prepare_only: bool = knob(False, "prepare data_dir and stop")
 
     def __post_init__(self):  # defaults that depend on other knobs
@@ -228,7 +228,8 @@ def main(model_args: ModelArguments, data_args: DataArguments, run_args: RunArgu
         config.vocab_size = math.ceil(len(data.tokenizer) / 64) * 64  # a multiple of 64 is faster
     model = start.model or NanoGPTForCausalLM(config)  # restore() below brings the weights of a checkpoint
     adopt_tokenizer(model, data.tokenizer)  # where texts end, and which ids are only padding
-    fitting.set_attention(model, run_args.attn_implementation)
+    attention = arithmetic.choose_attention(run_args, config, accelerator.device, precision.value, start.run)
+    fitting.set_attention(model, attention.value)
     if run_args.gradient_checkpointing:
         fitting.checkpoint_activations(model)
     model.to(accelerator.device).train()  # weights are float32; autocast lowers the precision of products
@@ -241,7 +242,7 @@ def main(model_args: ModelArguments, data_args: DataArguments, run_args: RunArgu
     compiled = arithmetic.choose_compile(run_args, config, accelerator.device, start.run)
     if compiled.value:
         model.compile(dynamic=False)  # in place: without a wrapper, the names of the weights get no prefix
-    facts = describing.describe_run(run_args, recipe, start, model, data.record, accelerator, precision, compiled)
+    facts = describing.describe_run(run_args, recipe, start, model, data, accelerator, precision, attention, compiled)
     model, optimizer = accelerator.prepare(model, optimizer)  # DDP or FSDP2, autocast, loss scaling
     micro_steps = run_args.gradient_accumulation_steps // accelerator.num_processes
     accelerator.gradient_accumulation_steps = micro_steps  # accelerator.backward divides by it

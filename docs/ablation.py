@@ -284,7 +284,9 @@ WIDTHS = {
 }
 RECIPES = {
     "nanoGPT's": {"eval_interval": 100},
+    "nanoGPT's, bfloat16": {"eval_interval": 100, "dtype": "bfloat16"},
     "fast": FAST | {"eval_interval": 200},
+    "fast, bfloat16": FAST | {"eval_interval": 200, "dtype": "bfloat16"},
     "fast, 450 steps": FAST | {"max_iters": 450, "eval_interval": 50},
     "fast, AdamW at 8 / sqrt(n_embd)": FAST | {"eval_interval": 200, "adamw_rate": 8 * 128**0.5},
     "the same, momentum 0.95": FAST | {"eval_interval": 400, "adamw_rate": 8 * 128**0.5, "momentum": 0.95},

@@ -9,14 +9,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .configuration_nanogpt import NanoGPTConfig
 from .muon import arithmetic_dtype
+from .plain_attention import LONGEST
 from .sources import first_line
 from .throughput import flops_per_token
 
 PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # our name -> Accelerate's name
-ATTENTION = ("sdpa", "eager", "flex_attention")  # the functions that PyTorch itself has
-# The casts between products cost more than small products gain. On a CPU with instructions for bfloat16, a step in
-# bfloat16 takes as long as one in float32 if the model is 128 wide, and three quarters of the time at 192 wide.
-WIDE = 192
+ATTENTION = ("auto", "sdpa", "plain", "eager", "flex_attention")  # those that need no download
+# On a CPU, the casts between products cost more than small products gain: from this width on, bfloat16 is faster. With
+# plain attention that is at 64 already (measured in steps of four layers, by tens of per cent at both widths).
+WIDE, WIDE_IF_PLAIN = 192, 64
 # FLOPs of a run that takes a CPU about ten minutes or more. Compiling takes about one minute.
 LONG = 1e14
 
@@ -67,8 +68,8 @@ def check_attention(name: str, device: torch.device) -> None:
             f"attn_implementation={name}, but it must be {', '.join(ATTENTION)}, or a kernel on the Hub such as "
             "kernels-community/flash-attn3"
         )
-    if device.type == "cpu" and name not in ("sdpa", "eager"):
-        raise ValueError(f"attn_implementation={name} trains on a GPU only: use --attn_implementation=sdpa or eager")
+    if device.type == "cpu" and (is_kernel or name == "flex_attention"):
+        raise ValueError(f"attn_implementation={name} trains on a GPU only: use --attn_implementation=auto")
     if is_kernel and find_spec("kernels") is None:
         raise ValueError(f"attn_implementation={name} needs the package kernels: pip install kernels")
 
@@ -100,9 +101,27 @@ def choose_precision(dtype: str, config: PreTrainedConfig, device: torch.device,
         return Choice(run.get("precision", "no"), "auto: as the run began")
     if arithmetic_dtype(device) == torch.float32:
         return Choice("no", f"auto: this {device.type} has no fast bfloat16")
-    if config.hidden_size < WIDE:
+    if config.hidden_size < (WIDE_IF_PLAIN if config.block_size <= LONGEST else WIDE):
         return Choice("no", f"auto: a model {config.hidden_size} wide is too narrow to gain from bfloat16 on a CPU")
     return Choice("bf16", f"auto: fast on this {device.type}")
+
+
+def choose_attention(flags, config: PreTrainedConfig, device: torch.device, precision: str, run: dict) -> Choice:
+    """The attention function: on a CPU in bfloat16, plain_attention.py's if it is faster, else PyTorch's own.
+
+    `run` is what the checkpoint says of the run that is resumed; it is empty for a new run. On a CPU, a resumed run
+    keeps the function that it began with.
+    """
+    if flags.attn_implementation != "auto":
+        return Choice(flags.attn_implementation, "")
+    if device.type != "cpu":
+        return Choice("sdpa", "")
+    if run:
+        began = run.get("attention") == "plain"
+        return Choice("plain" if began else "sdpa", "auto: as the run began")
+    if precision == "bf16" and config.block_size <= LONGEST:
+        return Choice("plain", "auto: faster in bfloat16 on a CPU")
+    return Choice("sdpa", "")
 
 
 def choose_compile(flags, config: NanoGPTConfig, device: torch.device, run: dict) -> Choice:

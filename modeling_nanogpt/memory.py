@@ -78,7 +78,7 @@ def training_memory(
     dtype: str = "bfloat16",
     gradient_checkpointing: bool = False,
     keeps_gradients: bool = True,
-    attention: str = "sdpa",
+    attention: str = "auto",
 ) -> TrainingMemory:
     """The memory of a step, with micro-batches of `batch_size` windows of block_size tokens.
 
@@ -113,8 +113,10 @@ def training_memory(
     block = 2 * stream + 6 * narrow + 2 * wide + FLOAT * tokens * (4 + config.n_head)
     if config.dropout:
         block += 2 * tokens * config.n_embd  # a mask of one byte after each of the two projections
+    scores = batch_size * config.n_head * config.block_size**2
+    if attention == "plain":  # the softmax, and dropout's result and mask
+        block += scores * (number + (number + 1 if config.dropout else 0))
     if attention == "eager":  # the softmax in float32, its copy in the dtype of the products, and dropout's mask
-        scores = batch_size * config.n_head * config.block_size**2
         block += scores * (FLOAT + (number if lowered else 0) + (2 if config.dropout else 0))
 
     # What the forward pass keeps for the backward pass: of the blocks; of the last norm, the head and the loss

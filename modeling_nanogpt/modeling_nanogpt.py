@@ -281,13 +281,14 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
     def causal_mask_or_none(self, inputs_embeds, attention_mask, position_ids, cache):
         """The mask in the form that the attention function wants, or None if that function is causal by itself.
 
-        Without padding, cache or given positions, SDPA needs no mask, and only then uses its fastest kernel.
-        create_causal_mask would sometimes make one even so, under torch.compile. It sees only the positions that the
-        caller gave: it searches them for packed sequences, and on a GPU that search waits for the device.
+        Without padding, cache or given positions, SDPA needs no mask, and only then uses its fastest kernel. The
+        trainer's own function, "plain", needs none either. create_causal_mask would sometimes make one even so, under
+        torch.compile. It sees only the positions that the caller gave: it searches them for packed sequences, and on
+        a GPU that search waits for the device.
         """
         only_order_matters = attention_mask is None and position_ids is None and cache is None
-        uses_sdpa = self.config._attn_implementation == "sdpa"
-        if only_order_matters and uses_sdpa and not torch.compiler.is_exporting():
+        is_causal = self.config._attn_implementation in ("sdpa", "plain")
+        if only_order_matters and is_causal and not torch.compiler.is_exporting():
             return None
         return create_causal_mask(
             config=self.config,

@@ -15,7 +15,7 @@ SHAPE = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
 CHOICES = {
     "optimizer": ("adamw", "muon"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
-    "attn_implementation": ("sdpa", "eager", "flex_attention"),
+    "attn_implementation": ("auto", "sdpa", "plain", "eager", "flex_attention"),
 }
 GPT2_TOKENS = 50257
 # n_layer, n_head and n_embd of OpenAI's models, so that they can be sized without a download
@@ -49,7 +49,7 @@ class Plan:
     optimizer: str = "adamw"
     dtype: str = "auto"
     gradient_checkpointing: bool = False
-    attn_implementation: str = "sdpa"
+    attn_implementation: str = "auto"
 
     @property
     def shape(self) -> dict:

@@ -39,7 +39,7 @@ HELP = {
     "optimizer": "adamw or muon",
     "dtype": "arithmetic; auto is counted as bfloat16, as on a GPU",
     "gradient_checkpointing": "compute activations twice: less memory, more time",
-    "attn_implementation": "attention function: eager keeps all scores in memory, and any other does not",
+    "attn_implementation": "attention function: eager and plain keep all scores in memory, and any other does not",
 }
 UNITS = {"GiB": 2**30, "MiB": 2**20, "GB": 10**9, "MB": 10**6}
 FREE = 0.1  # part of a GPU's memory that is left free for the CUDA process itself, and for fragments

@@ -23,21 +23,24 @@ def flags(**given):
 
 
 @pytest.mark.parametrize(
-    ("fast", "width", "run", "precision"),
+    ("fast", "width", "context", "run", "precision"),
     [
-        (torch.bfloat16, 192, {}, "bf16"),
-        (torch.bfloat16, 768, {}, "bf16"),
-        (torch.bfloat16, 128, {}, "no"),  # too narrow
-        (torch.float32, 768, {}, "no"),  # no fast bfloat16
-        (torch.bfloat16, 768, {"precision": "no"}, "no"),  # as the run began
-        (torch.float32, 768, {"precision": "bf16"}, "bf16"),
-        (torch.bfloat16, 768, {"compile": False}, "no"),  # a checkpoint of an earlier version
+        (torch.bfloat16, 192, 1024, {}, "bf16"),
+        (torch.bfloat16, 188, 1024, {}, "no"),  # too narrow
+        (torch.bfloat16, 64, 512, {}, "bf16"),  # attention is plain
+        (torch.bfloat16, 60, 512, {}, "no"),
+        (torch.bfloat16, 64, 513, {}, "no"),
+        (torch.float32, 768, 512, {}, "no"),  # no fast bfloat16
+        (torch.bfloat16, 768, 512, {"precision": "no"}, "no"),  # as the run began
+        (torch.float32, 768, 512, {"precision": "bf16"}, "bf16"),
+        (torch.bfloat16, 768, 512, {"compile": False}, "no"),  # a checkpoint of an earlier version
     ],
 )
-def test_a_cpu_computes_in_bfloat16_if_that_is_fast(monkeypatch, fast, width, run, precision):
+def test_a_cpu_computes_in_bfloat16_if_that_is_fast(monkeypatch, fast, width, context, run, precision):
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     monkeypatch.setattr(arithmetic, "arithmetic_dtype", lambda device: fast)
-    choice = arithmetic.choose_precision("auto", NanoGPTConfig(n_head=4, n_embd=width), CPU, run)
+    config = NanoGPTConfig(block_size=context, n_head=4, n_embd=width)
+    choice = arithmetic.choose_precision("auto", config, CPU, run)
     assert choice.value == precision and choice.reason.startswith("auto: ")
 
 
@@ -48,6 +51,27 @@ def test_a_flag_or_the_launcher_names_the_precision(monkeypatch):
     assert arithmetic.choose_precision("float32", config, CPU, {"precision": "bf16"}) == ("no", "")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     assert arithmetic.choose_precision("auto", config, CPU, {"precision": "no"}) == ("bf16", "as launched")
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "precision", "context", "run", "attention"),
+    [
+        ("auto", "cpu", "bf16", 512, {}, "plain"),
+        ("auto", "cpu", "bf16", 513, {}, "sdpa"),  # too long
+        ("auto", "cpu", "no", 512, {}, "sdpa"),
+        ("auto", "cuda", "bf16", 512, {}, "sdpa"),
+        ("eager", "cpu", "bf16", 512, {}, "eager"),  # as the flag says
+        ("auto", "cpu", "bf16", 512, {"attention": "sdpa"}, "sdpa"),  # as the run began
+        ("auto", "cpu", "no", 512, {"attention": "plain"}, "plain"),
+        ("auto", "cuda", "bf16", 512, {"attention": "plain"}, "sdpa"),
+        ("auto", "cpu", "bf16", 512, {"precision": "bf16"}, "sdpa"),  # a checkpoint of an earlier version
+    ],
+)
+def test_attention_is_plain_where_that_is_fast(name, device, precision, context, run, attention):
+    config, device = NanoGPTConfig(block_size=context, n_head=4, n_embd=64), torch.device(device)
+    choice = arithmetic.choose_attention(flags(attn_implementation=name), config, device, precision, run)
+    assert choice.value == attention
+    assert "as the run began" in choice.reason or not run or device.type == "cuda"
 
 
 def test_a_long_run_on_a_cpu_is_compiled(monkeypatch):
@@ -84,6 +108,17 @@ def test_the_first_line_of_the_log_says_what_was_chosen(tmp_path, capsys):
     state = json.loads(next(run.out_dir.glob("checkpoints/step-*/state.json")).read_text())
     assert state["run"]["compile"] is False
     assert state["run"]["precision"] == "no" or torch.cuda.is_available()
+    assert state["run"]["attention"] == "sdpa"
+
+
+def test_a_run_in_bfloat16_on_a_cpu_goes_on_with_plain_attention(tmp_path, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("on a GPU, attention is sdpa")
+    run = train(tmp_path, dtype="bfloat16", max_iters=2)
+    assert "plain attention (auto: faster in bfloat16 on a CPU)" in capsys.readouterr().out
+    assert "plain" not in (run.out_dir / "config.json").read_text()  # nobody else knows the function
+    train(tmp_path, dtype="bfloat16", max_iters=3, lr_decay_iters=2, init_from="resume")
+    assert "plain attention (auto: as the run began)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -92,9 +127,9 @@ def test_the_first_line_of_the_log_says_what_was_chosen(tmp_path, capsys):
         (
             "flash",
             "cuda",
-            ["attn_implementation=flash", "sdpa, eager, flex_attention", "kernels-community/flash-attn3"],
+            ["attn_implementation=flash", "sdpa, plain, eager, flex_attention", "kernels-community/flash-attn3"],
         ),
-        ("flex_attention", "cpu", ["attn_implementation=flex_attention", "GPU", "sdpa"]),
+        ("flex_attention", "cpu", ["attn_implementation=flex_attention", "GPU", "auto"]),
         ("kernels-community/flash-attn3", "cpu", ["attn_implementation=kernels-community/flash-attn3", "GPU"]),
         ("kernels-community/flash-attn3", "cuda", ["needs the package kernels"]),
     ],

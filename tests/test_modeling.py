@@ -294,7 +294,7 @@ def test_half_precision_folder_loads_as_float32_on_request(dtype, tmp_path):
 # --- attention -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "flex_attention"])
+@pytest.mark.parametrize("attention", ["sdpa", "plain", "flex_attention"])
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile", "ignore:_compile flag")
 def test_attention_implementations_agree_with_eager_also_with_left_padding(attention):
     x = make_tokens(2, 12)

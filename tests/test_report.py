@@ -96,6 +96,7 @@ def make_report(record, name="a-model", block_size=16, recipe=None):
         step_tokens=50,
         hardware="a machine",
         precision="no",
+        attention="sdpa",
         compiled=False,
         resumed_from=None,
         introduction="",

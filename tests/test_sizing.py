@@ -83,6 +83,7 @@ DEEP = {"vocab_size": 128, "block_size": 128, "n_layer": 6, "n_head": 4, "n_embd
         (LARGE_HEAD | {"block_size": 128}, {"gradient_checkpointing": True, "batch_size": 32}),
         (LARGE_HEAD | {"vocab_size": 8192}, {"gradient_checkpointing": True, "dtype": "bfloat16", "batch_size": 40}),
         (DEEP, {"attention": "eager", "dtype": "bfloat16"}),
+        (DEEP, {"attention": "plain", "dtype": "bfloat16"}),
         (DEEP | {"block_size": 16}, {"optimizer": "muon", "batch_size": 1}),
         (DEEP | {"block_size": 16, "vocab_size": 8192}, {"batch_size": 1}),
     ],

@@ -25,6 +25,7 @@ class RunFacts:
     step_tokens: int  # tokens in an optimizer step
     hardware: str  # processes, devices and precision
     precision: str  # Accelerate's name of it
+    attention: str  # the function that computes it
     compiled: bool  # by torch.compile
     resumed_from: Path | None  # the checkpoint that this run goes on from
     introduction: str  # the first lines of the log
@@ -38,7 +39,7 @@ class RunFacts:
     def identity(self) -> dict:
         """What a resumed run must find again: its flags, the model's shape, and its data."""
         shape, data = self.config.to_dict(), identify_data(self.data)
-        computes = {"precision": self.precision, "compile": self.compiled}
+        computes = {"precision": self.precision, "attention": self.attention, "compile": self.compiled}
         return {"recipe": self.recipe, "config": shape, "data": data, **computes}
 
 
@@ -47,12 +48,13 @@ def describe_run(
     recipe: dict,
     start: Start,
     model: NanoGPTForCausalLM,
-    data: dict,
+    data,
     accelerator: Accelerator,
     precision: Choice,
+    attention: Choice,
     compiled: Choice,
 ) -> RunFacts:
-    """The facts of a run. `data` is prepared.json.
+    """The facts of a run. `data` has the contents of prepared.json as `record`.
 
     `flags` are the trainer's, and `recipe` has all flags as they were given. The two differ in what was found
     automatically, such as the batch size.
@@ -60,11 +62,11 @@ def describe_run(
     config, parameters, hardware = model.config, model.num_parameters(), describe(accelerator)
     step_tokens = flags.batch_size * flags.gradient_accumulation_steps * config.block_size
     introduction = (
-        f"{hardware}{in_brackets(precision.reason)}, {flags.attn_implementation} attention, "
+        f"{hardware}{in_brackets(precision.reason)}, {attention.value} attention{in_brackets(attention.reason)}, "
         f"compile={compiled.value}{in_brackets(compiled.reason)}\n"
         f"{describe_start(start, recipe)}\n"
         f"{parameters:,} parameters, {flops_per_token(config):.3g} FLOPs a token, "
-        f"{data['tokens']['train']:,} tokens to train on\n"
+        f"{data.record['tokens']['train']:,} tokens to train on\n"
         f"a step: {step_tokens:,} tokens in {flags.gradient_accumulation_steps} micro-batches of "
         f"{flags.batch_size} windows of {config.block_size} tokens"
     )
@@ -73,10 +75,11 @@ def describe_run(
         recipe=recipe,
         config=config,
         parameters=parameters,
-        data=data,
+        data=data.record,
         step_tokens=step_tokens,
         hardware=hardware,
         precision=precision.value,
+        attention=attention.value,
         compiled=compiled.value,
         resumed_from=start.checkpoint,
         introduction=introduction,
