@@ -3,7 +3,7 @@
     python -m modeling_nanogpt.bare_loop SETTINGS.json
 
 `bench` writes the settings: the folder of the model at its start, whether to train it as it is ("ours") or as
-transformers' GPT2LMHeadModel ("gpt2"), a file of token ids, and the flags of the recipe. The loop prints the loss and
+transformers' GPT2LMHeadModel ("gpt2"), the attention function, a file of token ids, and the flags of the recipe. The loop prints the loss and
 the milliseconds of each step, and on a GPU the most memory that it took in bytes, as JSON.
 """
 
@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from transformers import GPT2LMHeadModel
 
+from . import registration  # noqa: F401  of our attention function
 from .conversion import config_to_gpt2, weights_to_gpt2
 from .modeling_nanogpt import NanoGPTForCausalLM
 from .optimization import Schedule, make_optimizer
@@ -49,6 +50,7 @@ def train(settings: dict) -> dict:
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     model = start_model(settings["model"], settings["start"], flags.dropout).to(device).train()
+    model.set_attn_implementation(settings["attention"])
     dtype = getattr(torch, settings["dtype"])
     autocast = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
     optimizer = make_optimizer(

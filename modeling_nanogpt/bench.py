@@ -173,7 +173,10 @@ class Training:
         return {"losses": [float(loss) for loss, _ in found], "milliseconds": [float(ms) for _, ms in found][SETTLED:]}
 
     def loop(self, model: str, *, data: str = "bench", steps: int = 0, dtype: str = "", compiles: bool | None = None):
-        """The bare loop over our model ("ours") or transformers' ("gpt2"), in the precision that our trainer chose."""
+        """The bare loop over our model ("ours") or transformers' ("gpt2"), in the precision that our trainer chose.
+
+        Our model also has the attention that our trainer chose.
+        """
         settings = {
             "model": model,
             "start": str(self.folder / "start"),
@@ -181,6 +184,7 @@ class Training:
             "recipe": self.recipe,
             "steps": steps or self.steps,
             "dtype": dtype or self.dtype,
+            "attention": "plain" if "plain attention" in self.told and model == "ours" and not dtype else "sdpa",
             "compile": "compile=True" in self.told if compiles is None else compiles,
         }
         path = self.folder / "loop.json"
