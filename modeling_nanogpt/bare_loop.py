@@ -3,8 +3,8 @@
     python -m modeling_nanogpt.bare_loop SETTINGS.json
 
 `bench` writes the settings: the folder of the model at its start, whether to train it as it is ("ours") or as
-transformers' GPT2LMHeadModel ("gpt2"), the attention function, a file of token ids, and the flags of the recipe. The loop prints the loss and
-the milliseconds of each step, and on a GPU the most memory that it took in bytes, as JSON.
+transformers' GPT2LMHeadModel ("gpt2"), the attention function, a file of token ids, and the flags of the recipe. The
+loop prints the loss and the milliseconds of each step, and on a GPU the most memory that it took in bytes, as JSON.
 """
 
 import argparse
