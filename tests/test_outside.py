@@ -385,7 +385,7 @@ def test_a_notebook_trains_twice_and_in_a_thread(folder, tmp_path):
     log, flags = tmp_path / "log", [f"--out_dir={tmp_path / 'out'}"]
     assert finish(fork(call, run_as_a_notebook_does, (folder, flags), str(log), {})) == [0]
     said = log.read_text()
-    assert said.count("best val loss") == 3 and said.count("bfloat16") == 1 and "done" in said
+    assert said.count("best val loss") == 3 and said.count("), bfloat16, ") == 1 and "done" in said
 
 
 # ---------------------------------------------------------------------------------------------------------------------
