@@ -291,12 +291,18 @@ RECIPES = {
     "fast, AdamW at 8 / sqrt(n_embd)": FAST | {"eval_interval": 200, "adamw_rate": 8 * 128**0.5},
     "the same, momentum 0.95": FAST | {"eval_interval": 400, "adamw_rate": 8 * 128**0.5, "momentum": 0.95},
 }
+QUICKSTART = {
+    "base": {},
+    "AdamW at twice the rate": {"adamw_times": 2},
+    "AdamW at four times the rate": {"adamw_times": 4},
+}
 STUDIES = {
     "cpu": (FIRST | CPU | {"max_iters": 450, "adamw_rate": 8 * 128**0.5}, CHANGES),
     "widths": (FAST | CPU | {"max_iters": 300, "dtype": "bfloat16"}, WIDTHS),
     "shallow": (FAST | CPU | {"max_iters": 300, "dtype": "bfloat16", "n_layer": 2}, WIDTHS),
     "shallow_bpe": (WIDE | FAST | {"max_iters": 300, "n_layer": 2}, WIDTHS),
     "wide": (WIDE | FIRST | {"adamw_rate": 8 * 256**0.5}, CHANGES),
+    "quickstart": ({"recipe": "hub_configs/quickstart.yaml"}, QUICKSTART),
     "recipes": (CPU, RECIPES),
     "knobs": (FAST | CPU | {"max_iters": 2000}, KNOBS),
     "averages": (FAST | CPU | {"max_iters": 450}, AVERAGES),
