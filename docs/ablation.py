@@ -270,16 +270,25 @@ AVERAGES = {
 }
 WIDTHS = {
     f"{width} wide, learning_rate {rate}{said}": {"n_embd": width, "learning_rate": rate, "adamw_times": times}
-    for width in (64, 128, 256, 512, 768)
+    for width in (64, 256, 512)
     for rate, said, times in (
         (0.015, "", 1),
         (0.03, "", 1),
         (0.06, "", 1),
-        (0.03, ", AdamW at a quarter of the rate", 0.25),
         (0.03, ", AdamW at half the rate", 0.5),
         (0.03, ", AdamW at twice the rate", 2),
-        (0.03, ", AdamW at four times the rate", 4),
         (0.03, ", AdamW at 8 / sqrt(n_embd)", 0.08 * width**0.5),
+    )
+}
+RATES = {
+    f"{width} wide, learning_rate 0.03{said}": {"n_embd": width, "adamw_times": times}
+    for width in (64, 128, 256, 512, 768)
+    for said, times in (
+        (", AdamW at a quarter of the rate", 0.25),
+        (", AdamW at half the rate", 0.5),
+        ("", 1),
+        (", AdamW at twice the rate", 2),
+        (", AdamW at four times the rate", 4),
     )
 }
 RECIPES = {
@@ -291,18 +300,16 @@ RECIPES = {
     "fast, AdamW at 8 / sqrt(n_embd)": FAST | {"eval_interval": 200, "adamw_rate": 8 * 128**0.5},
     "the same, momentum 0.95": FAST | {"eval_interval": 400, "adamw_rate": 8 * 128**0.5, "momentum": 0.95},
 }
-QUICKSTART = {
-    "base": {},
-    "AdamW at twice the rate": {"adamw_times": 2},
-    "AdamW at four times the rate": {"adamw_times": 4},
-}
 STUDIES = {
     "cpu": (FIRST | CPU | {"max_iters": 450, "adamw_rate": 8 * 128**0.5}, CHANGES),
     "widths": (FAST | CPU | {"max_iters": 300, "dtype": "bfloat16"}, WIDTHS),
-    "shallow": (FAST | CPU | {"max_iters": 300, "dtype": "bfloat16", "n_layer": 2}, WIDTHS),
-    "shallow_bpe": (WIDE | FAST | {"max_iters": 300, "n_layer": 2}, WIDTHS),
+    "shallow": (FAST | CPU | {"max_iters": 300, "dtype": "bfloat16", "n_layer": 2}, RATES),
+    "shallow_bpe": (WIDE | FAST | {"max_iters": 300, "n_layer": 2}, RATES),
     "wide": (WIDE | FIRST | {"adamw_rate": 8 * 256**0.5}, CHANGES),
-    "quickstart": ({"recipe": "hub_configs/quickstart.yaml"}, QUICKSTART),
+    "quickstart": (
+        {"recipe": "hub_configs/quickstart.yaml"},
+        {"base": {}, "AdamW at twice the rate": {"adamw_times": 2}},
+    ),
     "recipes": (CPU, RECIPES),
     "knobs": (FAST | CPU | {"max_iters": 2000}, KNOBS),
     "averages": (FAST | CPU | {"max_iters": 450}, AVERAGES),
@@ -315,14 +322,13 @@ STUDIES = {
 
 
 class Averages:
-    """Several averages of the weights that Muon or AdamW has updated, beside one run."""
+    """Several averages of the weights of one run. The optimizer calls it after each step."""
 
     def __init__(self, decays: list[float]):
         self.decays, self.steps, self.averages = decays, 0, list[Average]()
 
     def __call__(self, optimizer, *arguments, **named):
-        """What each step of an optimizer calls at its end."""
-        if not self.averages:  # an average begins with the first weights, and forgets them at the first step
+        if not self.averages:  # after its first step, an average is the weights of this step
             weights = torch.nn.ParameterList(p for group in optimizer.param_groups for p in group["params"])
             self.averages = [Average(weights, decay) for decay in self.decays]
         for average in self.averages:
@@ -332,7 +338,7 @@ class Averages:
 
 def train(job: tuple) -> list[dict]:
     """Do one run and return its lines. A patch may change this process, so each run needs a process of its own."""
-    study, variants, seed, common, threads = job  # variants: the average_decay of each
+    study, variants, seed, common, threads = job  # variants of one run, which differ in average_decay alone
     torch.set_num_threads(threads)
     base, changes = STUDIES[study]
     flags = base | changes[variants[0]] | common | {"seed": seed}
