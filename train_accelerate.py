@@ -79,7 +79,7 @@ class RunArguments:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob("auto", "arithmetic; auto: 16 bits if fast")
     gradient_checkpointing: bool = knob(False, "compute activations twice: less memory, more time")
     compile: bool | Literal["auto"] = knob("auto", "torch.compile; auto: on a GPU, and in a long run on a CPU")
-    attn_implementation: str = knob("auto", "sdpa, plain, eager, flex_attention, or a kernel on the Hub")
+    attn_implementation: str = knob("auto", "sdpa, plain, eager, flex_attention or a Hub kernel; auto: what is fast")
     prepare_only: bool = knob(False, "prepare data_dir and stop")
 
     def __post_init__(self):  # defaults that depend on other knobs
@@ -204,7 +204,7 @@ def main(model_args: ModelArguments, data_args: DataArguments, run_args: RunArgu
             start = starting.start_from_checkpoint(checkpoint, recipe)  # goes on as if it had never stopped
         else:
             start = starting.start_from_model(init_from, model_args.revision, recipe)  # fine-tuning
-        precision = arithmetic.choose_precision(run_args.dtype, start.config, processes.device, start.run)
+        precision = arithmetic.choose_precision(run_args, start.config, processes.device, start.run)
         accelerator = launching.start_accelerator(precision.value)
         # out_dir may hold an unfinished run, or one that is still at work
         launching.main_first(lambda: starting.check_out_dir(out_dir, start.checkpoint, overwrites=saves))

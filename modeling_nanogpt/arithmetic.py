@@ -15,8 +15,8 @@ from .throughput import flops_per_token
 
 PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # our name -> Accelerate's name
 ATTENTION = ("auto", "sdpa", "plain", "eager", "flex_attention")  # those that need no download
-# On a CPU, the casts between products cost more than small products gain: from this width on, bfloat16 is faster. With
-# plain attention that is at 64 already (measured in steps of four layers, by tens of per cent at both widths).
+# On a CPU, the casts between products cost more than small products gain. From these widths on, a step in bfloat16 is
+# faster than one in float32: with PyTorch's attention, and with plain attention (docs/benchmarks.md has the times).
 WIDE, WIDE_IF_PLAIN = 192, 64
 # FLOPs of a run that takes a CPU about ten minutes or more. Compiling takes about one minute.
 LONG = 1e14
@@ -69,7 +69,7 @@ def check_attention(name: str, device: torch.device) -> None:
             "kernels-community/flash-attn3"
         )
     if device.type == "cpu" and (is_kernel or name == "flex_attention"):
-        raise ValueError(f"attn_implementation={name} trains on a GPU only: use --attn_implementation=auto")
+        raise ValueError(f"attn_implementation={name} trains on a GPU only: leave it out, or use sdpa, plain or eager")
     if is_kernel and find_spec("kernels") is None:
         raise ValueError(f"attn_implementation={name} needs the package kernels: pip install kernels")
 
@@ -82,15 +82,15 @@ def launched_precision() -> str:
     return launched
 
 
-def choose_precision(dtype: str, config: PreTrainedConfig, device: torch.device, run: dict) -> Choice:
+def choose_precision(flags, config: PreTrainedConfig, device: torch.device, run: dict) -> Choice:
     """Accelerate's name of the precision: no, bf16 or fp16.
 
     `run` is what the checkpoint says of the run that is resumed; it is empty for a new run. On a CPU, a resumed run
     keeps the precision that it began with.
     """
     launched = launched_precision()
-    if dtype != "auto":
-        return Choice(PRECISIONS[dtype], "")
+    if flags.dtype != "auto":
+        return Choice(PRECISIONS[flags.dtype], "")
     if launched != "no":
         return Choice(launched, "as launched")
     if device.type == "cuda":
@@ -101,7 +101,8 @@ def choose_precision(dtype: str, config: PreTrainedConfig, device: torch.device,
         return Choice(run.get("precision", "no"), "auto: as the run began")
     if arithmetic_dtype(device) == torch.float32:
         return Choice("no", f"auto: this {device.type} has no fast bfloat16")
-    if config.hidden_size < (WIDE_IF_PLAIN if config.block_size <= LONGEST else WIDE):
+    is_plain = flags.attn_implementation in ("auto", "plain") and config.block_size <= LONGEST
+    if config.hidden_size < (WIDE_IF_PLAIN if is_plain else WIDE):
         return Choice("no", f"auto: a model {config.hidden_size} wide is too narrow to gain from bfloat16 on a CPU")
     return Choice("bf16", f"auto: fast on this {device.type}")
 

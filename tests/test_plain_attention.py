@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from modeling_nanogpt import NanoGPTConfig, NanoGPTForCausalLM
+from modeling_nanogpt import NanoGPTConfig, NanoGPTForCausalLM, modeling_nanogpt
 from modeling_nanogpt.plain_attention import plain_attention_forward
 
 
@@ -72,10 +72,8 @@ def test_cached_and_padded_tokens_are_attended_as_by_pytorch():
         assert torch.allclose(rest, model(long).logits[:, 5:], atol=1e-5)
 
 
-def test_without_padding_no_mask_is_made():
-    model, masks = make_model("plain"), []
-    model.transformer.h[0].attn.register_forward_pre_hook(
-        lambda module, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
-    )
-    torch.compile(model, backend="eager")(torch.randint(50, (2, 8)), use_cache=False)
-    assert masks == [None]
+def test_without_padding_no_mask_is_asked_for(monkeypatch):
+    monkeypatch.setattr(
+        modeling_nanogpt, "create_causal_mask", None
+    )  # older versions make one if the model is compiled
+    make_model("plain")(torch.randint(50, (2, 8)), use_cache=False)
