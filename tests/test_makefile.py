@@ -29,7 +29,7 @@ esac
 INSTALL = ["-m venv .venv", "-m pip install -c constraints.txt -e .[test,dev,fast]"]
 TEST = "-m pytest -n logical --maxprocesses=4 --dist=worksteal"
 TRAIN = "train_accelerate.py hub_configs/quickstart.yaml"
-SAMPLE = "-m modeling_nanogpt.sample out/quickstart --num_samples 1 --max_new_tokens 150 "
+SAMPLE = "-m modeling_nanogpt.sample out/quickstart --seed 3 --num_samples 1 --max_new_tokens 150 "
 SAMPLE += '--prompt def  --prompt class  --prompt """'  # each in quotes in the Makefile
 
 
