@@ -16,18 +16,19 @@ LONGEST = 512  # tokens of context up to which this function is faster
 def plain_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
     """Attention of every token to itself and to those before it.
 
-    query, key and value (B, H, T, D). Returns the output (B, T, H, D) and None. Calls with a mask or with cached keys
-    go to PyTorch's own function. Scores are rounded to the dtype of the products; the softmax computes in float32.
+    query (B, H, T, D), key and value (B, H, S, D); S is T, or T is 1. Returns the output (B, T, H, D) and None. If
+    there is a mask, PyTorch's own function does the work. Scores are rounded to the dtype of the products; the softmax
+    computes in float32.
     """
-    length = query.shape[2]
-    if attention_mask is not None or length != key.shape[2]:
+    if attention_mask is not None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
-    queries, keys, values = (x.flatten(0, 1) for x in (query, key, value))  # (B H, T, D) each
+    queries, keys, values = (x.flatten(0, 1) for x in (query, key, value))  # (B H, T, D), (B H, S, D)
+    length = query.shape[2]
     future = queries.new_full((length, length), -torch.inf).triu(1)  # (T, T)
     with torch.autocast(query.device.type, enabled=False):  # which would make a float32 copy of the scores
-        scores = torch.baddbmm(future, queries, keys.mT, alpha=scaling)  # (B H, T, T)
+        scores = torch.baddbmm(future, queries, keys.mT, alpha=scaling)  # (B H, T, S)
         weights = nn.functional.dropout(scores.softmax(dim=-1), p=dropout)
         output = weights @ values  # (B H, T, D)
     return output.unflatten(0, query.shape[:2]).transpose(1, 2).contiguous(), None
