@@ -204,7 +204,7 @@ def main(model_args: ModelArguments, data_args: DataArguments, run_args: RunArgu
             start = starting.start_from_checkpoint(checkpoint, recipe)  # goes on as if it had never stopped
         else:
             start = starting.start_from_model(init_from, model_args.revision, recipe)  # fine-tuning
-        precision = arithmetic.choose_precision(run_args, start.config, processes.device, start.run)
+        precision = arithmetic.choose_precision(run_args.dtype, start.config, processes.device, start.run)
         accelerator = launching.start_accelerator(precision.value)
         # out_dir may hold an unfinished run, or one that is still at work
         launching.main_first(lambda: starting.check_out_dir(out_dir, start.checkpoint, overwrites=saves))

@@ -82,15 +82,15 @@ def launched_precision() -> str:
     return launched
 
 
-def choose_precision(flags, config: PreTrainedConfig, device: torch.device, run: dict) -> Choice:
+def choose_precision(dtype: str, config: PreTrainedConfig, device: torch.device, run: dict) -> Choice:
     """Accelerate's name of the precision: no, bf16 or fp16.
 
     `run` is what the checkpoint says of the run that is resumed; it is empty for a new run. On a CPU, a resumed run
     keeps the precision that it began with.
     """
     launched = launched_precision()
-    if flags.dtype != "auto":
-        return Choice(PRECISIONS[flags.dtype], "")
+    if dtype != "auto":
+        return Choice(PRECISIONS[dtype], "")
     if launched != "no":
         return Choice(launched, "as launched")
     if device.type == "cuda":
@@ -101,7 +101,7 @@ def choose_precision(flags, config: PreTrainedConfig, device: torch.device, run:
         return Choice(run.get("precision", "no"), "auto: as the run began")
     if arithmetic_dtype(device) == torch.float32:
         return Choice("no", f"auto: this {device.type} has no fast bfloat16")
-    is_plain = flags.attn_implementation in ("auto", "plain") and config.block_size <= LONGEST
+    is_plain = isinstance(config, NanoGPTConfig) and config.block_size <= LONGEST
     if config.hidden_size < (WIDE_IF_PLAIN if is_plain else WIDE):
         return Choice("no", f"auto: a model {config.hidden_size} wide is too narrow to gain from bfloat16 on a CPU")
     return Choice("bf16", f"auto: fast on this {device.type}")

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import GPT2Config, LlamaConfig
 
 from modeling_nanogpt import NanoGPTConfig, arithmetic
 from support import ROOT
@@ -18,9 +19,8 @@ CPU = torch.device("cpu")
 
 
 def flags(**given):
-    defaults = {"dtype": "auto", "compile": "auto", "attn_implementation": "auto", "eval_only": False}
-    step = {"batch_size": 8, "gradient_accumulation_steps": 1, "max_iters": 100}
-    return SimpleNamespace(**defaults | step | given)
+    defaults = {"compile": "auto", "eval_only": False, "batch_size": 8, "gradient_accumulation_steps": 1}
+    return SimpleNamespace(**defaults | {"max_iters": 100} | given)
 
 
 @pytest.mark.parametrize(
@@ -41,26 +41,25 @@ def test_a_cpu_computes_in_bfloat16_if_that_is_fast(monkeypatch, fast, width, co
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     monkeypatch.setattr(arithmetic, "arithmetic_dtype", lambda device: fast)
     config = NanoGPTConfig(block_size=context, n_head=4, n_embd=width)
-    choice = arithmetic.choose_precision(flags(), config, CPU, run)
+    choice = arithmetic.choose_precision("auto", config, CPU, run)
     assert choice.value == precision and choice.reason.startswith("auto: ")
 
 
 def test_a_flag_or_the_launcher_names_the_precision(monkeypatch):
     config = NanoGPTConfig(n_head=4, n_embd=768)
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
-    assert arithmetic.choose_precision(flags(dtype="bfloat16"), config, CPU, {}) == ("bf16", "")
-    assert arithmetic.choose_precision(flags(dtype="float32"), config, CPU, {"precision": "bf16"}) == ("no", "")
+    assert arithmetic.choose_precision("bfloat16", config, CPU, {}) == ("bf16", "")
+    assert arithmetic.choose_precision("float32", config, CPU, {"precision": "bf16"}) == ("no", "")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    assert arithmetic.choose_precision(flags(), config, CPU, {"precision": "no"}) == ("bf16", "as launched")
+    assert arithmetic.choose_precision("auto", config, CPU, {"precision": "no"}) == ("bf16", "as launched")
 
 
-def test_a_narrow_model_whose_attention_is_pytorchs_computes_in_float32(monkeypatch):
+def test_the_width_decides_for_other_architectures(monkeypatch):
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     monkeypatch.setattr(arithmetic, "arithmetic_dtype", lambda device: torch.bfloat16)
-    config = NanoGPTConfig(block_size=64, n_head=4, n_embd=64)
-    for attention, precision in (("sdpa", "no"), ("eager", "no"), ("plain", "bf16"), ("auto", "bf16")):
-        given = flags(attn_implementation=attention)
-        assert arithmetic.choose_precision(given, config, CPU, {}).value == precision
+    for config in (GPT2Config(n_embd=64), LlamaConfig(hidden_size=64), GPT2Config(n_embd=192)):
+        precision = "bf16" if config.hidden_size == 192 else "no"
+        assert arithmetic.choose_precision("auto", config, CPU, {}).value == precision
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from modeling_nanogpt.card_notes import notes_of, with_notes, with_results
 from modeling_nanogpt.scoring import NO_TARGET, batches, read_split, windows
@@ -106,6 +106,18 @@ def test_a_text_is_predicted_from_its_first_token_on(run, text, tmp_path):
     assert results["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(text.content.encode()), rel=1e-6)
     words = len(re.split(r"\s+", text.content))
     assert results["word_perplexity"] == pytest.approx(math.exp(nats / words), rel=1e-5)
+
+
+def test_a_model_of_another_architecture_is_evaluated(run, text, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(run.out_dir)
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=16, **shape)).eval()
+    folder = tmp_path / "llama"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    result = evaluate(tmp_path, folder, "--text", text.path)
+    assert result["loss"] == pytest.approx(loss_by_hand(model, text.ids, 16) / 320, rel=1e-5)
 
 
 def test_a_line_says_it_all(run, tmp_path):
