@@ -1,6 +1,8 @@
 """Windows: a TokenStream against plain slices, and which windows training and evaluation take."""
 
+import copy
 import json
+import pickle
 
 import datasets
 import numpy as np
@@ -136,6 +138,27 @@ def test_a_window_may_be_written_without_changing_the_stream():
     np.testing.assert_array_equal(ids, np.arange(30))
 
 
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 1, 0, 2]])
+@pytest.mark.parametrize("copied", [None, copy.deepcopy, lambda stream: pickle.loads(pickle.dumps(stream))])
+def test_chunks_may_lie_anywhere_in_memory_and_so_may_those_of_a_copy(order, copied):
+    memory = np.full(10_000, 7, dtype=np.uint32)  # with 7 where no chunk is
+    chunks = []
+    for place in order:
+        chunks.append(memory[place * 2500 + 13 * place :][:100])
+        chunks[-1][:] = np.arange(100) + 100 * len(chunks)
+    stream = TokenStream(chunks, 390)
+    stream.batch(Windows(np.array([0]), np.array([9])), 9)  # now the stream knows where its chunks are
+    assert len(pickle.dumps(stream)) < 4 * 390 + 1000  # the chunks, and nothing of what lies between them
+    if copied:
+        stream = copied(stream)
+        memory[:] = 7
+    ids = np.arange(100, 490)
+    for offsets in ([0, 105, 205, 305, 380], [90, 105, 205], [290], [289]):
+        targets = np.full(len(offsets), 9)
+        expected = sliced_windows(ids, offsets, targets, 9)
+        check_batch(stream, Windows(np.array(offsets), targets), expected)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # open_stream
 
@@ -174,6 +197,8 @@ def test_a_stream_from_disk_is_the_ids_without_a_copy(tmp_path, monkeypatch, dty
     targets = np.full(len(offsets), 256)
     expected = ids.astype(np.int64)[(offsets[:, None] + np.arange(257)) % count]
     np.testing.assert_array_equal(stream.windows(offsets, targets, 256), expected)
+    for one in range(len(offsets)):
+        check_batch(stream, Windows(offsets[one:][:3], targets[one:][:3]), expected[one:][:3])
 
 
 def test_each_split_is_a_stream_of_its_own(tmp_path):

@@ -7,12 +7,13 @@ function of the seed and the step, so any step can be reached at once and on any
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 from datasets import load_dataset, load_from_disk
+from numpy.lib.stride_tricks import as_strided
 
 NO_TARGET = -100  # what cross-entropy ignores
 ROUNDS = 8  # of the Feistel network
@@ -57,7 +58,11 @@ class TokenStream:
         self._chunks = [chunk[:size] for chunk, size in zip(chunks, np.diff(self._starts), strict=True)]
         self._length = length
         self._end_id = end_id
+        self._memory: dict[int, np.ndarray] = {}  # by the size of a window: see memory_of
         self._documents: dict[int, Windows] = {}  # by block_size: what document_windows has found
+
+    def __reduce__(self) -> tuple:
+        return TokenStream, (self._chunks, self._length, self._end_id)  # in a copy, the chunks have other addresses
 
     def __len__(self) -> int:
         return self._length
@@ -67,16 +72,33 @@ class TokenStream:
 
         Beyond the length of a window, inputs are 0 and targets NO_TARGET.
         """
-        first = self._starts.searchsorted(windows.offsets, side="right") - 1  # the chunk in which each window starts
-        places = zip(first.tolist(), (windows.offsets - self._starts[first]).tolist(), strict=True)
-        slices = [self._chunks[chunk][at : at + block_size + 1] for chunk, at in places]
-        ids = np.concatenate([*slices, self._chunks[0][:0]])  # two or four bytes an id, until they are gathered
-        if len(ids) == len(windows) * (block_size + 1) and (windows.lengths == block_size).all():
-            ids = ids.reshape(-1, block_size + 1)
+        chunks = self._starts.searchsorted(windows.offsets, side="right") - 1  # in which the windows start, (B,)
+        ends = windows.offsets + block_size + 1
+        if (windows.lengths == block_size).all() and (ends <= self._starts[chunks + 1]).all():
+            at = windows.offsets - self._starts[chunks] + self._places[chunks]
+            ids = self.memory_of(block_size + 1)[at]  # one copy of two or four bytes an id: (B, block_size + 1)
             return ids[:, :-1].astype(np.int64), ids[:, 1:].astype(np.int64)
         # some window is short, or goes on in another chunk
         ids = self.windows(windows.offsets, windows.lengths, block_size)
         return ids[:, :-1].clip(min=0), ids[:, 1:].copy()
+
+    @cached_property
+    def _places(self) -> np.ndarray:
+        """Where the chunks are in memory: how many ids lie between the lowest chunk and each of them. (chunks,)"""
+        addresses = np.array([chunk.ctypes.data for chunk in self._chunks])
+        return (addresses - addresses.min()) // self._chunks[0].itemsize
+
+    def memory_of(self, size: int) -> np.ndarray:
+        """Row i is the `size` ids that lie in memory from place i on, counted in ids from the lowest chunk.
+
+        It is a view, over all memory from the lowest chunk to the highest. So one gather takes windows out of many
+        chunks, in half the time of a slice for each window. Only rows that lie in a chunk may be read.
+        """
+        if size not in self._memory:
+            count = int(self._places.max()) + max(map(len, self._chunks))
+            ids = self._chunks[self._places.argmin()]
+            self._memory[size] = as_strided(ids, (count, size), (ids.itemsize, ids.itemsize), writeable=False)
+        return self._memory[size]
 
     def windows(self, offsets: np.ndarray, lengths: np.ndarray, block_size: int) -> np.ndarray:
         """Ids (B, block_size + 1) int64: those from offsets (B,) on, lengths (B,) + 1 of them; beyond, NO_TARGET.
