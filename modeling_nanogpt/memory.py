@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from .configuration_nanogpt import NanoGPTConfig
 from .modeling_nanogpt import LOSS_PART
+from .plain_attention import blocks_of
 
 FLOAT = 4  # bytes: weights, gradients, moments, the residual stream and the loss are float32
 
@@ -113,11 +114,12 @@ def training_memory(
     block = 2 * stream + 6 * narrow + 2 * wide + FLOAT * tokens * (4 + config.n_head)
     if config.dropout:
         block += 2 * tokens * config.n_embd  # a mask of one byte after each of the two projections
-    scores = batch_size * config.n_head * config.block_size**2
+    heads = batch_size * config.n_head
     if attention == "plain":  # the softmax, and dropout's result and mask
+        scores = heads * sum((end - start) * end for start, end in blocks_of(config.block_size))
         block += scores * (number + (number + 1 if config.dropout else 0))
     if attention == "eager":  # the softmax in float32, its copy in the dtype of the products, and dropout's mask
-        block += scores * (FLOAT + (number if lowered else 0) + (2 if config.dropout else 0))
+        block += heads * config.block_size**2 * (FLOAT + (number if lowered else 0) + (2 if config.dropout else 0))
 
     # What the forward pass keeps for the backward pass: of the blocks; of the last norm, the head and the loss
     log_probabilities = FLOAT * logit_count

@@ -26,15 +26,14 @@ def flags(**given):
 @pytest.mark.parametrize(
     ("fast", "width", "context", "run", "precision"),
     [
-        (torch.bfloat16, 192, 1024, {}, "bf16"),
-        (torch.bfloat16, 188, 1024, {}, "no"),  # too narrow
-        (torch.bfloat16, 64, 512, {}, "bf16"),  # attention is plain
-        (torch.bfloat16, 60, 512, {}, "no"),
-        (torch.bfloat16, 64, 513, {}, "no"),
-        (torch.float32, 768, 512, {}, "no"),  # no fast bfloat16
-        (torch.bfloat16, 768, 512, {"precision": "no"}, "no"),  # as the run began
-        (torch.float32, 768, 512, {"precision": "bf16"}, "bf16"),
-        (torch.bfloat16, 768, 512, {"compile": False}, "no"),  # a checkpoint of an earlier version
+        (torch.bfloat16, 192, 1025, {}, "bf16"),
+        (torch.bfloat16, 188, 1025, {}, "no"),  # too narrow
+        (torch.bfloat16, 64, 1024, {}, "bf16"),  # attention is plain
+        (torch.bfloat16, 60, 1024, {}, "no"),
+        (torch.float32, 768, 1024, {}, "no"),  # no fast bfloat16
+        (torch.bfloat16, 768, 1024, {"precision": "no"}, "no"),  # as the run began
+        (torch.float32, 768, 1024, {"precision": "bf16"}, "bf16"),
+        (torch.bfloat16, 768, 1024, {"compile": False}, "no"),  # a checkpoint of an earlier version
     ],
 )
 def test_a_cpu_computes_in_bfloat16_if_that_is_fast(monkeypatch, fast, width, context, run, precision):
@@ -65,15 +64,15 @@ def test_the_width_decides_for_other_architectures(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "device", "precision", "context", "run", "attention"),
     [
-        ("auto", "cpu", "bf16", 512, {}, "plain"),
-        ("auto", "cpu", "bf16", 513, {}, "sdpa"),  # too long
-        ("auto", "cpu", "no", 512, {}, "sdpa"),
-        ("auto", "cuda", "bf16", 512, {}, "sdpa"),
-        ("eager", "cpu", "bf16", 512, {}, "eager"),  # as the flag says
-        ("auto", "cpu", "bf16", 512, {"attention": "sdpa"}, "sdpa"),  # as the run began
-        ("auto", "cpu", "no", 512, {"attention": "plain"}, "plain"),
-        ("auto", "cuda", "bf16", 512, {"attention": "plain"}, "sdpa"),
-        ("auto", "cpu", "bf16", 512, {"precision": "bf16"}, "sdpa"),  # a checkpoint of an earlier version
+        ("auto", "cpu", "bf16", 1024, {}, "plain"),
+        ("auto", "cpu", "bf16", 1025, {}, "sdpa"),  # too long
+        ("auto", "cpu", "no", 1024, {}, "sdpa"),
+        ("auto", "cuda", "bf16", 1024, {}, "sdpa"),
+        ("eager", "cpu", "bf16", 1024, {}, "eager"),  # as the flag says
+        ("auto", "cpu", "bf16", 1024, {"attention": "sdpa"}, "sdpa"),  # as the run began
+        ("auto", "cpu", "no", 1024, {"attention": "plain"}, "plain"),
+        ("auto", "cuda", "bf16", 1024, {"attention": "plain"}, "sdpa"),
+        ("auto", "cpu", "bf16", 1024, {"precision": "bf16"}, "sdpa"),  # a checkpoint of an earlier version
     ],
 )
 def test_attention_is_plain_where_that_is_fast(name, device, precision, context, run, attention):

@@ -14,10 +14,11 @@ def attend(query, key, value):
     return (scores.softmax(-1) @ value.double()).transpose(1, 2)  # (B, T, H, D)
 
 
-@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
-def test_output_and_gradients_are_those_of_the_formula(dtype, error):
+@pytest.mark.parametrize("length", [17, 300, 640])  # one block of queries; two and a short one; four longer ones
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
+def test_output_and_gradients_are_those_of_the_formula(dtype, error, length):
     torch.manual_seed(0)
-    inputs = [torch.randn(2, 3, 17, 8, dtype=dtype, requires_grad=True) for _ in range(3)]  # (B, H, T, D)
+    inputs = [torch.randn(2, 3, length, 8, dtype=dtype, requires_grad=True) for _ in range(3)]  # (B, H, T, D)
     output, weights = plain_attention_forward(None, *inputs, None, scaling=8**-0.5)
     expected = attend(*inputs)
     assert weights is None and output.dtype == dtype and output.is_contiguous()
@@ -26,6 +27,13 @@ def test_output_and_gradients_are_those_of_the_formula(dtype, error):
     gradients = torch.autograd.grad(output, inputs, direction.to(dtype))
     for gradient, wanted in zip(gradients, torch.autograd.grad(expected, inputs, direction), strict=True):
         assert (gradient - wanted).norm() < error * wanted.norm()
+
+
+@pytest.mark.parametrize("queries", [1, 5, 200])
+def test_the_last_queries_are_attended_as_among_all(queries):
+    query, key, value = torch.randn(3, 2, 3, 300, 8)
+    output, _ = plain_attention_forward(None, query[:, :, -queries:], key, value, None, scaling=8**-0.5)
+    assert torch.allclose(output.double(), attend(query, key, value)[:, -queries:], atol=1e-6)
 
 
 def test_under_autocast_nothing_is_copied_to_float32():

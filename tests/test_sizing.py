@@ -85,6 +85,7 @@ DEEP = {"vocab_size": 128, "block_size": 128, "n_layer": 6, "n_head": 4, "n_embd
         (DEEP, {"attention": "eager", "dtype": "bfloat16"}),
         (DEEP | {"n_head": 32}, {"attention": "plain", "dtype": "bfloat16"}),
         (DEEP | {"n_head": 32, "dropout": 0.1}, {"attention": "plain", "dtype": "bfloat16"}),
+        (DEEP | {"n_head": 32, "block_size": 512}, {"attention": "plain", "dtype": "bfloat16", "batch_size": 1}),
         (DEEP | {"block_size": 16}, {"optimizer": "muon", "batch_size": 1}),
         (DEEP | {"block_size": 16, "vocab_size": 8192}, {"batch_size": 1}),
     ],
