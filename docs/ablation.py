@@ -161,6 +161,26 @@ def around_groups(change):
     return patch
 
 
+def table_rate(times):
+    """A patch that multiplies the rate of the token embedding alone, which is also the head."""
+
+    def patch():
+        groups = optimization.muon_groups
+
+        def patched(model, *args):
+            table, changed = model.transformer.wte.weight, []
+            for group in groups(model, *args):
+                rest = [p for p in group["params"] if p is not table]
+                changed.append(group | {"params": rest})
+                if len(rest) < len(group["params"]):
+                    changed.append(group | {"params": [table], "rate": times * group["rate"]})
+            return changed
+
+        optimization.muon_groups = patched
+
+    return patch
+
+
 def one_matrix(group):
     """q, k and v orthogonalised together, as the single matrix that holds them."""
     return group | {"parts": min(group["parts"], 1)}
@@ -291,6 +311,18 @@ RATES = {
         (", AdamW at four times the rate", 4),
     )
 }
+TABLES = {
+    f"{width} wide, learning_rate 0.03{said}": {"n_embd": width, "patch": table_rate(table), "adamw_times": times}
+    for width in (64, 128, 256, 512)
+    for said, table, times in (
+        (", embedding at half the rate", 0.5, 1),
+        (", embedding at twice the rate", 2, 1),
+        (", embedding at four times the rate", 4, 1),
+        (", all but the embedding at half the rate", 2, 0.5),
+        (", all but the embedding at twice the rate", 0.5, 2),
+        (", all but the embedding at four times the rate", 0.25, 4),
+    )
+}
 RECIPES = {
     "nanoGPT's": {"eval_interval": 100},
     "nanoGPT's, bfloat16": {"eval_interval": 100, "dtype": "bfloat16"},
@@ -303,8 +335,8 @@ RECIPES = {
 STUDIES = {
     "cpu": (FIRST | CPU | {"max_iters": 450, "adamw_rate": 8 * 128**0.5}, CHANGES),
     "widths": (FAST | CPU | {"max_iters": 300, "dtype": "bfloat16"}, WIDTHS),
-    "shallow": (FAST | CPU | {"max_iters": 300, "dtype": "bfloat16", "n_layer": 2}, RATES),
-    "shallow_bpe": (WIDE | FAST | {"max_iters": 300, "n_layer": 2}, RATES),
+    "shallow": (FAST | CPU | {"max_iters": 300, "dtype": "bfloat16", "n_layer": 2}, RATES | TABLES),
+    "shallow_bpe": (WIDE | FAST | {"max_iters": 300, "n_layer": 2}, RATES | TABLES),
     "wide": (WIDE | FIRST | {"adamw_rate": 8 * 256**0.5}, CHANGES),
     "quickstart": (
         {"recipe": "hub_configs/quickstart.yaml"},
