@@ -34,14 +34,16 @@ style: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m mypy
 
-# To pip, an interrupted installation may look complete, so .venv is made anew after an interruption.
+# To pip, an interrupted installation may look complete, so .venv is made anew after an interruption. pip would compile
+# all packages on one core; compileall takes all cores, and fails if a package has a file for a later Python.
 .venv/installed: pyproject.toml constraints.txt | python
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" || { \
 		echo "$(PYTHON) must be Python 3.10 or later: make PYTHON=python3.11 $(MAKECMDGOALS) takes another"; exit 2; }
 	@if [ -e .venv/unfinished ]; then rm -rf .venv; fi
 	@mkdir -p .venv && touch .venv/unfinished
 	[ -x $(BIN)/python ] || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -c constraints.txt -e ".[test,dev,fast]"
+	$(BIN)/python -m pip install --no-compile -c constraints.txt -e ".[test,dev,fast]"
+	@$(BIN)/python -m compileall -qq -j 0 .venv || true
 	@mv .venv/unfinished $@
 
 # Refuse a Python that does not run, and an environment whose Python is gone or is another than PYTHON names.
