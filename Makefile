@@ -35,7 +35,7 @@ style: .venv/installed
 	$(BIN)/python -m mypy
 
 # To pip, an interrupted installation may look complete, so .venv is made anew after an interruption. pip would compile
-# all packages on one core; compileall takes all cores, and fails if a package has a file for a later Python.
+# all packages on one core; compileall takes all cores. It may fail at a file that is for a later Python: no matter.
 .venv/installed: pyproject.toml constraints.txt | python
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" || { \
 		echo "$(PYTHON) must be Python 3.10 or later: make PYTHON=python3.11 $(MAKECMDGOALS) takes another"; exit 2; }

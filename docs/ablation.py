@@ -315,10 +315,8 @@ TABLES = {
     f"{width} wide, learning_rate 0.03{said}": {"n_embd": width, "patch": table_rate(table), "adamw_times": times}
     for width in (128, 256)
     for said, table, times in (
-        (", embedding at half the rate", 0.5, 1),
         (", embedding at twice the rate", 2, 1),
         (", embedding at four times the rate", 4, 1),
-        (", all but the embedding at half the rate", 2, 0.5),
         (", all but the embedding at twice the rate", 0.5, 2),
         (", all but the embedding at four times the rate", 0.25, 4),
     )

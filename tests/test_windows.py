@@ -146,7 +146,8 @@ def test_chunks_may_lie_anywhere_in_memory_and_so_may_those_of_a_copy(order, cop
     for place in order:
         chunks.append(memory[place * 2500 + 13 * place :][:100])
         chunks[-1][:] = np.arange(100) + 100 * len(chunks)
-    stream = TokenStream(chunks, 390)
+    nothing = np.ndarray(0, dtype=np.uint32, buffer=memory.data, offset=1)  # an empty chunk may lie between two ids
+    stream = TokenStream([nothing, *chunks], 390)
     stream.batch(Windows(np.array([0]), np.array([9])), 9)  # now the stream knows where its chunks are
     assert len(pickle.dumps(stream)) < 4 * 390 + 1000  # the chunks, and nothing of what lies between them
     if copied:

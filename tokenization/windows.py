@@ -53,6 +53,7 @@ class TokenStream:
     """
 
     def __init__(self, chunks: list[np.ndarray], length: int, end_id: int | None = None):
+        chunks = [chunk for chunk in chunks if len(chunk)]  # an empty one may have any address: see memory_of
         ends = np.minimum(np.cumsum([len(chunk) for chunk in chunks], dtype=np.int64), length)  # (chunks,)
         self._starts = np.concatenate([[0], ends])  # (chunks + 1,)
         self._chunks = [chunk[:size] for chunk, size in zip(chunks, np.diff(self._starts), strict=True)]
