@@ -178,8 +178,8 @@ def evaluate(
         leave_if_asked()  # a signal does not wait for the end of an evaluation
         batch = split.batch(mine, block_size)  # a position without a target has the target -100
         inputs, targets = (to_device(ids, accelerator.device) for ids in batch)
-        # the loss is a sum divided by num_items_in_batch, so 1 leaves the sum
-        sums.append(model(inputs, shift_labels=targets, num_items_in_batch=1, **LOSS_ONLY).loss)
+        # the loss is a sum divided by num_items_in_batch, so 1 leaves the sum; the next CUDA graph overwrites the loss
+        sums.append(model(inputs, shift_labels=targets, num_items_in_batch=1, **LOSS_ONLY).loss.clone())
     model.train()
     return accelerator.gather(torch.stack(sums)).cpu().double().sum().item() / windows.lengths.sum()
 
@@ -241,7 +241,8 @@ def main(model_args: ModelArguments, data_args: DataArguments, run_args: RunArgu
     optimizer = optimizer_of(run_args, model)
     compiled = arithmetic.choose_compile(run_args, config, accelerator.device, start.run)
     if compiled.value:
-        model.compile(dynamic=False)  # in place: without a wrapper, the names of the weights get no prefix
+        mode = arithmetic.compile_mode(run_args, config, accelerator)
+        model.compile(mode=mode, dynamic=False)  # in place: a wrapper would give the names of weights a prefix
     facts = describing.describe_run(run_args, recipe, start, model, data, accelerator, precision, attention, compiled)
     model, optimizer = accelerator.prepare(model, optimizer)  # DDP or FSDP2, autocast, loss scaling
     micro_steps = run_args.gradient_accumulation_steps // accelerator.num_processes

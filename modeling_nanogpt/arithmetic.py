@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
+from accelerate import Accelerator
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .configuration_nanogpt import NanoGPTConfig
@@ -20,6 +21,9 @@ ATTENTION = ("auto", "sdpa", "plain", "eager", "flex_attention")  # those that n
 WIDE, WIDE_IF_PLAIN = 192, 64
 # FLOPs of a run that takes a CPU about ten minutes or more. Compiling takes about one minute.
 LONG = 1e14
+# FLOPs of a micro-batch in which a GPU computes for less time than the host takes to launch the kernels, or not much
+# longer. CUDA graphs launch all of them at once.
+LAUNCH_BOUND = 5e12
 
 
 def move_to_accelerator(model: PreTrainedModel) -> torch.device:
@@ -147,6 +151,16 @@ def choose_compile(flags, config: NanoGPTConfig, device: torch.device, run: dict
     if compiles and (obstacle := why_not_compiled(device)):
         compiles, reason = False, f"torch cannot compile here ({obstacle})"
     return Choice(compiles, f"auto: {reason}")
+
+
+def compile_mode(flags, config: NanoGPTConfig, processes: Accelerator) -> str:
+    """torch.compile's mode: reduce-overhead, which is CUDA graphs, for small steps of a single process on a GPU.
+
+    The graph of a backward pass leaves gradients at fixed addresses, so a step must have one micro-batch.
+    """
+    alone = processes.device.type == "cuda" and processes.num_processes == flags.gradient_accumulation_steps == 1
+    flops = flags.batch_size * config.block_size * flops_per_token(config)
+    return "reduce-overhead" if alone and flops < LAUNCH_BOUND else "default"
 
 
 def why_not_compiled(device: torch.device) -> str:

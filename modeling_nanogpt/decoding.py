@@ -6,15 +6,19 @@ tokens are dropped, and one pass over those that stay fills a new cache. With st
 in nanoGPT, and each token is predicted from as many tokens as the model can see.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
-from .modeling_nanogpt import CACHE
+from .modeling_nanogpt import CACHE, NanoGPTForCausalLM
 
-ENDED_EVERY = 32  # steps between two looks at whether all rows have ended: each look waits for the GPU
+LOOKS_EVERY = 32  # steps between two looks at what a GPU has computed, because each look waits for it
+
+
+class Diverged(RuntimeError):
+    """The logits are nan or inf."""
 
 
 @torch.no_grad()
@@ -27,7 +31,7 @@ def continue_prompt(
     top_k: int,
     stride: int | None = None,
     generator: torch.Generator | None = None,
-    compiled: bool = False,
+    reader: "Reader | None" = None,
 ) -> Iterator[torch.Tensor]:
     """Continue prompts (B, T) int64: yields the next token of each row, (B,) int64, at most max_new_tokens times.
 
@@ -35,42 +39,107 @@ def continue_prompt(
     context that are dropped at once, by default half of the context. A row that has ended goes on with the end-of-text
     id, and the last row that ends also ends the whole. Draws come from `generator`, or from torch's own. The model's
     generation configuration says which tokens end a text (eos_token_id), and which are never drawn (suppress_tokens).
+    `reader` is how the model reads, by default choose_reader(model, B).
 
-    In a step of one token, a GPU mostly waits for its kernels to be launched. If `compiled`, the step becomes one CUDA
-    graph, or on a CPU one compiled function; compiling takes some time at the start. A graph needs a cache of a fixed
-    size at a fixed address.
+    Raises Diverged if the model predicts no numbers. On a GPU, some tokens may have come before that.
     """
     block_size = model.config.max_position_embeddings
     stride = stride or max(block_size // 2, 1)
+    reader = reader or choose_reader(model, len(ids))
     ends, never = token_sets(model.generation_config, ids.device)
     ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)  # (B,)
-    ended_every = 1 if ids.device.type == "cpu" else ENDED_EVERY
-    context = ids[:, -block_size:]  # all that the model sees
-    cache: Cache = DynamicCache(config=model.config)
-    read_one: Callable = model
-    if compiled:
-        cache = StaticCache(config=model.config, max_cache_len=block_size)
-        read_one = torch.compile(model.forward, mode="reduce-overhead", dynamic=False)
-    unread = context  # what the cache does not hold yet
+    finite = torch.ones((), dtype=torch.bool, device=ids.device)
+    looks_every = 1 if ids.device.type == "cpu" else LOOKS_EVERY
+    reader.forget()
+    unread = context = ids[:, -block_size:]  # (B, T): what the cache does not hold yet, and all that the model sees
     for step in range(1, max_new_tokens + 1):
-        forward = read_one if unread.shape[1] == 1 else model
-        logits = forward(unread, use_cache=True, logits_to_keep=1, **{CACHE: cache}).logits[:, -1].float()  # (B, V)
-        token = choose(logits.index_fill(1, never, -torch.inf), temperature, top_k, generator)  # (B,)
+        logits = reader.read(unread).float().index_fill(1, never, -torch.inf)  # (B, V)
+        finite &= logits.amax(dim=-1).isfinite().all()
+        token = choose(logits, temperature, top_k, generator)  # (B,)
         if len(ends):
             token = torch.where(ended, ends[0], token)
             ended |= torch.isin(token, ends)
+        looks = step % looks_every == 0 or step == max_new_tokens
+        if looks and not finite:
+            raise Diverged("the model predicts nan or inf")
         yield token
-        if step % ended_every == 0 and ended.all():
+        if looks and ended.all():
             return
         if context.shape[1] < block_size:
             unread = token[:, None]  # (B, 1)
             context = torch.cat([context, unread], dim=1)
         else:
             unread = context = torch.cat([context[:, stride:], token[:, None]], dim=1)
-            if compiled:
-                cache.reset()
-            else:
-                cache = DynamicCache(config=model.config)
+            reader.forget()
+
+
+class Reader:
+    """A model and its cache, which grows with each token."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+        self.cache: Cache = DynamicCache(config=model.config)
+
+    def read(self, ids: torch.Tensor) -> torch.Tensor:
+        """Read further tokens (B, T) int64; returns the logits (B, V) of the token after them."""
+        output = self.model(ids, use_cache=True, logits_to_keep=1, **{CACHE: self.cache})
+        return output.logits[:, -1]
+
+    def forget(self) -> None:
+        """Empty the cache."""
+        self.cache = DynamicCache(config=self.model.config)
+
+
+class FixedReader(Reader):
+    """A model and a cache of a fixed size, at a fixed address.
+
+    On a GPU, a cache that grows is slow at first: for each new length, cuDNN makes a plan of its attention, which
+    takes tens of milliseconds.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+        self.cache = StaticCache(config=model.config, max_cache_len=model.config.max_position_embeddings)
+
+    def forget(self) -> None:
+        self.cache.reset()
+
+
+class GraphReader(FixedReader):
+    """A model on a GPU that reads a token for each of `rows` rows by one CUDA graph.
+
+    In such a step, a GPU mostly waits for its kernels to be launched. A graph launches all of them at once. It takes
+    about half a second to record.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: PreTrainedModel, rows: int):
+        super().__init__(model)
+        self.token = torch.zeros(rows, 1, dtype=torch.long, device=model.device)
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):  # the first steps allocate the cache and choose kernels: no part of the graph
+            for _ in range(2):
+                super().read(self.token)
+                self.forget()
+        torch.cuda.current_stream().wait_stream(aside)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = super().read(self.token)  # (B, V)
+
+    def read(self, ids: torch.Tensor) -> torch.Tensor:
+        if ids.shape[1] > 1:
+            return super().read(ids)
+        self.token.copy_(ids)
+        self.graph.replay()
+        return self.logits
+
+
+def choose_reader(model: PreTrainedModel, rows: int) -> Reader:
+    """The fastest reader of prompts (rows, T)."""
+    if model.device.type == "cuda" and isinstance(model, NanoGPTForCausalLM):
+        return GraphReader(model, rows)
+    return Reader(model)  # a model of transformers may do what a graph cannot hold
 
 
 def opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -95,7 +164,12 @@ def choose(logits: torch.Tensor, temperature: float, top_k: int, generator: torc
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits = logits / temperature
+    tokens = None
     if 0 < top_k < logits.shape[-1]:
         logits, tokens = logits.topk(top_k)  # (B, top_k) each: a draw from few tokens is cheaper
-        return tokens.gather(1, torch.multinomial(logits.softmax(dim=-1), 1, generator=generator))[:, 0]
-    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
+    probabilities = logits.softmax(dim=-1)
+    # What torch.multinomial draws, but without its checks, for which the host would wait: the first of exponential
+    # clocks is the one with index i with a probability in proportion to its rate.
+    times = torch.empty_like(probabilities).exponential_(generator=generator)
+    drawn = (probabilities / times).argmax(dim=-1)  # (B,)
+    return drawn if tokens is None else tokens.gather(1, drawn[:, None])[:, 0]

@@ -22,6 +22,7 @@ MODEL = "name the model without a flag"
 NOT_NEEDED = "it is not needed, because the command uses a GPU if the machine has one"
 NANOGPT_FLAGS = {"--start": "use --prompt", "--out_dir": MODEL, "--init_from": MODEL}
 NANOGPT_FLAGS |= dict.fromkeys(["--device", "--dtype"], NOT_NEEDED)
+NANOGPT_FLAGS["--compile"] = "it is not needed, because a GPU reads each token by one CUDA graph"
 
 parser = CommandParser(
     "modeling_nanogpt.sample", usage="MODEL [--flag VALUE ...]", description=__doc__, instead=NANOGPT_FLAGS
@@ -39,7 +40,6 @@ parser.add_number("--temperature", 0.8, "randomness of the choice; 0 always take
 parser.add_number("--top_k", 200, "number of likeliest tokens to choose from; 0 means all tokens")
 parser.add_number("--stride", 0, "tokens that are dropped at once from a full context; 0 means half of it")
 parser.add_number("--seed", 1337, "seed of the random choices", below=2**32)
-parser.add_argument("--compile", action="store_true", help="compile a step: slow to start, then faster")
 parser.add_argument("--stream", action="store_true", help="print each sample as it comes, one after the other")
 
 
@@ -66,7 +66,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .arithmetic import choose_precision, move_to_accelerator
-from .decoding import continue_prompt, opening
+from .decoding import Diverged, choose_reader, continue_prompt, opening
 from .sources import first_line, load_model
 
 SEPARATOR = "-" * 15
@@ -122,6 +122,7 @@ def main(arguments: argparse.Namespace) -> None:
         model.to(torch.bfloat16)  # type: ignore[arg-type]  # transformers wraps `to` in a way that mypy cannot follow
     set_seed(arguments.seed)
     rows = 1 if arguments.stream else arguments.num_samples
+    reader = choose_reader(model, rows)
     started, count = time.perf_counter(), 0
     try:
         for prompt in (each for each in prompts for _ in range(arguments.num_samples // rows)):
@@ -132,14 +133,12 @@ def main(arguments: argparse.Namespace) -> None:
                 temperature=arguments.temperature,
                 top_k=arguments.top_k,
                 stride=arguments.stride,
-                compiled=arguments.compile,
+                reader=reader,
             )
             count += rows * (
                 stream(tokenizer, prompt, tokens) if arguments.stream else show(tokenizer, prompt, tokens)
             )
-    except RuntimeError as error:
-        if "probability" not in str(error):
-            raise
+    except Diverged:
         parser.error(
             f"{arguments.model} predicts nan or inf, so it has diverged in training: take an earlier checkpoint"
         )

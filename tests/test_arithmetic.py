@@ -94,6 +94,23 @@ def test_a_long_run_on_a_cpu_is_compiled(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("device", "processes", "micro_batches", "windows", "mode"),
+    [
+        ("cuda", 1, 1, 64, "reduce-overhead"),  # 1.2e12 FLOPs, as in nanoGPT's shakespeare_char
+        ("cuda", 1, 1, 1024, "default"),  # kernels so long that the host launches them in time
+        ("cuda", 1, 2, 64, "default"),
+        ("cuda", 2, 1, 64, "default"),
+        ("cpu", 1, 1, 64, "default"),
+    ],
+)
+def test_a_small_step_on_a_gpu_is_one_graph(device, processes, micro_batches, windows, mode):
+    config = NanoGPTConfig(vocab_size=128, block_size=256, n_layer=6, n_head=6, n_embd=384)
+    machine = SimpleNamespace(device=torch.device(device), num_processes=processes)
+    step = flags(batch_size=windows, gradient_accumulation_steps=micro_batches)
+    assert arithmetic.compile_mode(step, config, machine) == mode
+
+
+@pytest.mark.parametrize(
     "run, compiles",
     [
         ({"compile": True, "recipe": {"compile": "auto"}}, True),

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -13,9 +14,10 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_nanogpt import NanoGPTConfig, NanoGPTForCausalLM
-from modeling_nanogpt.decoding import continue_prompt
+from modeling_nanogpt.decoding import FixedReader, GraphReader, Reader, continue_prompt
 from modeling_nanogpt.optimization import make_optimizer
 from modeling_nanogpt.throughput import peak_flops
+from support.synchronizations import waits_in
 from support.tiny_run import train
 from train_accelerate import to_device
 
@@ -57,14 +59,30 @@ def test_compiled_training_equals_eager(float32_run, tmp_path):
     assert compiled.losses == pytest.approx(float32_run.losses, abs=1e-2)
 
 
-def test_a_compiled_step_of_sampling_continues_as_an_eager_one():
+@pytest.mark.parametrize("count", [20, 200])  # within the context, and past it
+def test_a_graph_continues_as_a_model_does(count):
     model = small_model(block_size=64).eval()
     prompt = torch.randint(128, (3, 5), device="cuda")
     rows = [
-        torch.stack(list(continue_prompt(model, prompt, 200, temperature=0, top_k=0, compiled=compiled)))
-        for compiled in (False, True)
+        torch.stack(list(continue_prompt(model, prompt, count, temperature=0, top_k=0, reader=reader)))
+        for reader in (Reader(model), FixedReader(model), GraphReader(model, 3))
     ]
     assert (rows[0] == rows[1]).float().mean() > 0.99  # a tie may fall either way
+    assert (rows[0] == rows[2]).float().mean() > 0.99
+
+
+def test_sampling_does_not_wait_for_the_device():
+    model = small_model(block_size=64).eval()
+    prompt = torch.randint(128, (3, 5), device="cuda")
+    tokens = continue_prompt(model, prompt, 31, temperature=0.8, top_k=50)
+    next(tokens)  # records the graph, and reads the prompt
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        for _ in range(29):
+            next(tokens)
+        torch.cuda.set_sync_debug_mode("default")
+    assert waits_in(caught) == []
 
 
 def test_an_overflow_skips_the_step_and_lowers_the_scale():
@@ -85,17 +103,17 @@ def test_an_overflow_skips_the_step_and_lowers_the_scale():
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    while True:  # until the scale is so low that nothing overflows by itself
-        step(None)
-        if not accelerator.optimizer_step_was_skipped:
-            break
-    before, scale = copy.deepcopy(model.state_dict()), accelerator.scaler.get_scale()
-    step(math.inf)
-    assert accelerator.optimizer_step_was_skipped
-    assert accelerator.scaler.get_scale() == scale / 2
+    def scale_after(gradient: float | None) -> float:
+        step(gradient)
+        return accelerator.scaler.get_scale()
+
+    scale = accelerator.scaler.get_scale()
+    while scale != (scale := scale_after(None)):  # until it is so low that nothing overflows by itself
+        pass
+    before = copy.deepcopy(model.state_dict())
+    assert scale_after(math.inf) == scale / 2
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    step(None)
-    assert not accelerator.optimizer_step_was_skipped
+    assert scale_after(None) == scale / 2
     assert not torch.equal(before["lm_head.weight"], model.lm_head.weight)
 
 

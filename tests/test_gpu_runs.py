@@ -19,6 +19,7 @@ from modeling_nanogpt.training.checkpointing import list_checkpoints, newest_com
 from modeling_nanogpt.training.hooks import Hooks
 from support import ROOT
 from support.runs import recipe_of
+from support.synchronizations import waits_in
 from support.tiny_run import train
 
 pytestmark = pytest.mark.gpu
@@ -39,14 +40,16 @@ def float32_run(folder):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_200_steps_of_16_bits_stay_close_to_float32(folder, float32_run, dtype):
-    run = train(folder, out_dir=folder / dtype, dtype=dtype, **LONG)
-    for step in range(20, 200, 20):  # a few steps at a time, because a single step is noisy
-        ours, theirs = (
-            [loss for loss in each.losses[step : step + 20] if loss is not None] for each in (run, float32_run)
-        )
-        assert sum(ours) / len(ours) == pytest.approx(sum(theirs) / len(theirs), abs=0.05)
-    assert run.val_losses[-1] == pytest.approx(float32_run.val_losses[-1], abs=0.03)
+def test_200_steps_of_16_bits_stay_close_to_float32(folder, tmp_path, float32_run, dtype):
+    run = train(folder, out_dir=tmp_path / "out", dtype=dtype, **LONG)
+    ours = [loss for loss in run.losses if loss is not None]
+    theirs = float32_run
+    if skipped := 200 - len(ours):  # the loss scale was too high at first: float32 has as many updates
+        theirs = train(folder, out_dir=tmp_path / "32", dtype="float32", **LONG | {"max_iters": 200 - skipped})
+    for first in range(20, len(ours) - 20, 20):  # a few steps at a time, because a single step is noisy
+        means = [sum(losses[first : first + 20]) / 20 for losses in (ours, theirs.losses)]
+        assert means[0] == pytest.approx(means[1], abs=0.05)
+    assert run.val_losses[-1] == pytest.approx(theirs.val_losses[-1], abs=0.03)
 
 
 def test_float16_logs_its_scale_and_the_steps_it_skips(folder):
@@ -72,6 +75,14 @@ def test_a_resumed_run_goes_on_with_the_same_scale_and_losses(folder, tmp_path, 
     assert bool(stopped.scaler) == (dtype == "float16")
     if dtype == "float16":
         assert stopped.scaler["_growth_tracker"] > 0 and stopped.scaler["scale"] > 0
+
+
+def test_a_compiled_run_with_dropout_goes_on_with_the_same_losses(folder, tmp_path):
+    flags = LONG | {"max_iters": 40, "save_interval": 40, "dropout": 0.2, "dtype": "bfloat16", "compile": True}
+    whole = train(folder, out_dir=tmp_path / "whole", **flags)
+    train(folder, out_dir=tmp_path / "out", **flags | {"max_iters": 17})
+    again = train(folder, out_dir=tmp_path / "out", init_from="resume", **flags)
+    assert again.losses == pytest.approx(whole.losses, abs=1e-2)
 
 
 def test_a_step_that_is_not_finite_changes_nothing(folder, tmp_path, monkeypatch, capsys):
@@ -137,7 +148,7 @@ def test_a_step_never_waits_for_the_device(folder, tmp_path, optimizer):
             train(folder, CountSynchronizations(), out_dir=tmp_path / "out", **flags)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    assert [str(each.message) for each in caught if "synchronizing" in str(each.message)] == []
+    assert waits_in(caught) == []
 
 
 def test_out_of_memory_is_one_line(folder, tmp_path, two_gigabytes):

@@ -20,7 +20,7 @@ from transformers import (
 from transformers.utils import logging
 
 from modeling_nanogpt import NanoGPTConfig, NanoGPTForCausalLM, sample
-from modeling_nanogpt.decoding import continue_prompt
+from modeling_nanogpt.decoding import Diverged, FixedReader, choose, continue_prompt
 from support import PATIENCE, ROOT
 from support.tiny_run import TINY
 
@@ -96,19 +96,31 @@ def test_a_full_context_loses_its_oldest_tokens(model, length, count, stride):
 
 
 @pytest.mark.parametrize(("length", "count"), LENGTHS)
-def test_a_compiled_step_has_a_cache_in_a_fixed_place(model, length, count, monkeypatch):
-    steps = []
-
-    def compile(step, **options):  # what torch.compile makes of a step is for a GPU to show: compiling takes too long
-        assert options == {"mode": "reduce-overhead", "dynamic": False}
-        steps.append(step)
-        return step
-
-    monkeypatch.setattr(torch, "compile", compile)
+def test_a_cache_of_a_fixed_size_gives_the_same_tokens(model, length, count):
     prompts = make_prompts(3, length)
     expected = greedy(model, prompts, count, stride=None)
-    assert torch.equal(greedy(model, prompts, count, stride=None, compiled=True), expected)
-    assert len(steps) == 1
+    reader = FixedReader(model)
+    for _ in range(2):  # the second time, the cache is full of earlier tokens
+        assert torch.equal(greedy(model, prompts, count, stride=None, reader=reader), expected)
+
+
+@pytest.mark.parametrize("top_k", [0, 5])
+def test_a_token_is_what_torch_draws(top_k):
+    logits = torch.randn(1000, VOCABULARY, generator=torch.Generator().manual_seed(0))
+    best, tokens = logits.topk(top_k or VOCABULARY)
+    if not top_k:
+        best, tokens = logits, torch.arange(VOCABULARY).expand_as(logits)
+    drawn = best.softmax(dim=-1).multinomial(1, generator=torch.Generator().manual_seed(1))
+    ours = choose(logits, 1.0, top_k, torch.Generator().manual_seed(1))
+    assert torch.equal(ours, tokens.gather(1, drawn)[:, 0])
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+@pytest.mark.parametrize("logit", [torch.nan, torch.inf])
+def test_a_model_that_predicts_no_numbers_is_an_error(temperature, logit):
+    model = known_distribution([0.0, 1.0, logit])
+    with pytest.raises(Diverged):
+        sampled(model, torch.zeros(2, 1, dtype=torch.long), 3, temperature=temperature)
 
 
 def test_each_token_is_read_once_until_the_context_is_full_and_half_of_it_again_then(model):

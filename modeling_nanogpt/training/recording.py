@@ -24,7 +24,7 @@ class StepRecord:
 
     def add_loss(self, loss: torch.Tensor) -> None:
         """Note the mean loss of a micro-batch, () in nats a token."""
-        self._losses.append(loss.detach())
+        self._losses.append(loss.detach().clone())  # a CUDA graph writes its next loss into the same memory
 
     def end_step(self, norm: torch.Tensor) -> torch.Tensor:
         """Note the norm of a step's gradient, (). Returns () 1.0 if the norm is not finite, else 0.0."""
