@@ -240,9 +240,8 @@ def main(model_args: ModelArguments, data_args: DataArguments, run_args: RunArgu
     # --- Optimizer, compile, prepare ---------------------------------------------------------------------------------
     optimizer = optimizer_of(run_args, model)
     compiled = arithmetic.choose_compile(run_args, config, accelerator.device, start.run)
-    if compiled.value:
-        mode = arithmetic.compile_mode(run_args, config, accelerator)
-        model.compile(mode=mode, dynamic=False)  # in place: a wrapper would give the names of weights a prefix
+    if compiled.value:  # in place: a wrapper would give the names of the weights a prefix
+        model.compile(mode=arithmetic.compile_mode(run_args, config, accelerator), dynamic=False)
     facts = describing.describe_run(run_args, recipe, start, model, data, accelerator, precision, attention, compiled)
     model, optimizer = accelerator.prepare(model, optimizer)  # DDP or FSDP2, autocast, loss scaling
     micro_steps = run_args.gradient_accumulation_steps // accelerator.num_processes
