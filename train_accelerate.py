@@ -135,8 +135,8 @@ LOSS_ONLY = {"skip_logits": True, "use_cache": False}  # training needs the loss
 # Batches and evaluation
 
 
-def to_device(ids: np.ndarray, device: torch.device) -> torch.Tensor:
-    tensor = torch.from_numpy(ids)
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    tensor = torch.from_numpy(array)
     if device.type == "cuda":
         tensor = tensor.pin_memory()  # from pinned memory, the copy overlaps the work of the GPU
     return tensor.to(device, non_blocking=True)
@@ -144,19 +144,20 @@ def to_device(ids: np.ndarray, device: torch.device) -> torch.Tensor:
 
 def training_batches(
     stream: TokenStream, draw: Callable, first: int, batch_size: int, block_size: int, accelerator: Accelerator
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, float]]:
-    """Endless micro-batches of this process, from the first step on: inputs (B, T), targets (B, T), and a divisor.
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Endless micro-batches of this process, from the first step on: inputs (B, T), targets (B, T), and a divisor ().
 
     The divisor is the mean number of targets in the micro-batches of the step, over all processes. If the sum of the
-    losses of each micro-batch is divided by it, then every target of the step counts the same.
+    losses of each micro-batch is divided by it, then every target of the step counts the same. It is a tensor, because
+    a compiled model would be compiled again for each new value of a plain number.
     """
     for step in itertools.count(first):
         windows = draw(step)  # of all processes
-        mean_targets = windows.lengths.sum().item() / (len(windows) // batch_size)
+        mean_targets = np.array(windows.lengths.sum() / (len(windows) // batch_size), dtype=np.float32)
         for mine in windows.shares(batch_size, accelerator.num_processes, accelerator.process_index):
-            batch = stream.batch(mine, block_size)  # inputs (B, T) and targets (B, T)
-            inputs, targets = (to_device(ids, accelerator.device) for ids in batch)
-            yield inputs, targets, mean_targets
+            batch = (*stream.batch(mine, block_size), mean_targets)  # (B, T), (B, T), ()
+            inputs, targets, divisor = (to_device(array, accelerator.device) for array in batch)
+            yield inputs, targets, divisor
 
 
 def seed_dropout(seed: int, step: int, process: int) -> None:
@@ -170,8 +171,7 @@ def evaluate(
 ) -> float:
     """Mean loss in nats a token over fixed windows: the same for any batch size and any number of processes."""
     windows = evaluation_windows(len(split), block_size=block_size, tokens=tokens)
-    # pad with empty windows, so that every process runs the same number of full batches
-    padded = windows.padded(batch_size * accelerator.num_processes)
+    padded = windows.padded(batch_size * accelerator.num_processes)  # every process runs as many full batches
     model.eval()  # without dropout
     sums = []
     for mine in padded.shares(batch_size, accelerator.num_processes, accelerator.process_index):
@@ -279,7 +279,7 @@ def main(model_args: ModelArguments, data_args: DataArguments, run_args: RunArgu
     # --- The loop: one step is one optimizer update ------------------------------------------------------------------
     schedule, record = Schedule.of(run_args), StepRecord(accelerator, draw, run_args.batch_size)
     clock, signals, failure = monitoring.Clock(state.step), Signals(), ""
-    inputs, targets, mean_targets = next(batches)  # (B, T), (B, T), a number
+    inputs, targets, mean_targets = next(batches)  # (B, T), (B, T), ()
     while True:
         # evaluate on fixed windows, and save the model
         if state.step % run_args.eval_interval == 0 or state.step == run_args.max_iters:
