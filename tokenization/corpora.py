@@ -85,7 +85,8 @@ class Corpus:
                         f"corpus: {path} has the id {content.max()}, but its tokenizer only {self.vocab_size} tokens: "
                         "--tokenizer names the one that it was made with"
                     )
-                digest.update(between + (content.encode() if isinstance(content, str) else content.tobytes()))
+                digest.update(between)
+                digest.update(content.encode() if isinstance(content, str) else content.tobytes())
                 between = b"\xff" if ends else b""
                 yield content, ends, path in self.held_out if self.held_out else None
         self.sha256 = digest.hexdigest()

@@ -10,6 +10,7 @@ Text that spells a special token stays text, whichever way it goes.
 
 import json
 import re
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -89,17 +90,17 @@ class LibraryEncoder:
 
     cuts = False
 
-    def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer = Tokenizer.from_str(tokenizer.to_str())
+    def __init__(self, tokenizer_json: str):
+        self.tokenizer = Tokenizer.from_str(tokenizer_json)
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
         self.tokenizer.encode_special_tokens = True
-        spec = json.loads(tokenizer.to_str())
-        unknown = spec["model"].get("unk_token")
-        self.unknown_id = tokenizer.token_to_id(unknown) if unknown else spec["model"].get("unk_id")
+        model = json.loads(tokenizer_json)["model"]
+        unknown = model.get("unk_token")
+        self.unknown_id = self.tokenizer.token_to_id(unknown) if unknown else model.get("unk_id")
         # without an unknown token, a BPE drops the characters that it does not know, unless it is one of bytes
-        self.drops = spec["model"]["type"] == "BPE" and not unknown and not spec["model"]["byte_fallback"]
-        self.drops = self.drops and not set(byte_letters()) - {UNUSED_LETTER} <= spec["model"]["vocab"].keys()
+        self.drops = model["type"] == "BPE" and not unknown and not model["byte_fallback"]
+        self.drops = self.drops and not set(byte_letters()) - {UNUSED_LETTER} <= model["vocab"].keys()
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         try:
@@ -126,16 +127,20 @@ class LibraryEncoder:
 class TiktokenEncoder:
     """Byte-level BPE, by tiktoken; only deserts of white space, on which it overflows, are left to the library."""
 
-    def __init__(self, words: str, ranks: dict[bytes, int], tokenizer: Tokenizer):
-        self.words, self.ranks, self.cuts, self.tokenizer = words, ranks, words in GPT2_WORDS, tokenizer
-        self.encoding = tiktoken.Encoding("", pat_str=words, mergeable_ranks=ranks, special_tokens={})
+    def __init__(self, words: str, ranks: dict[bytes, int], tokenizer_json: str):
+        self.words, self.ranks, self.tokenizer_json = words, ranks, tokenizer_json
+        self.cuts = words in GPT2_WORDS
+
+    @cached_property
+    def encoding(self) -> tiktoken.Encoding:
+        return tiktoken.Encoding("", pat_str=self.words, mergeable_ranks=self.ranks, special_tokens={})
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         return [self.encode_text(text) for text in texts]
 
     def encode_text(self, text: str) -> np.ndarray:
         if has_long_run(text):
-            return LibraryEncoder(self.tokenizer).encode([text])[0]
+            return LibraryEncoder(self.tokenizer_json).encode([text])[0]
         return np.array(self.encoding.encode_ordinary(text), dtype=np.uint32)
 
     def count_unknowns(self, texts: list[str], ids: list[np.ndarray]) -> int:
@@ -145,19 +150,19 @@ class TiktokenEncoder:
 class GigatokenEncoder(TiktokenEncoder):
     """Byte-level BPE, by gigatoken, ten times as fast: it remembers the words that it has seen."""
 
-    def __init__(self, words: str, ranks: dict[bytes, int], tokenizer: Tokenizer, spec: dict):
-        super().__init__(words, ranks, tokenizer)
+    def __init__(self, words: str, ranks: dict[bytes, int], spec: dict):
+        cuts = words in GPT2_WORDS
         spec["added_tokens"] = []  # text that spells one stays text
-        if self.cuts:  # gigatoken knows GPT-2's words by this name
+        if cuts:  # gigatoken knows GPT-2's words by this name
             spec["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
             spec["pre_tokenizer"]["use_regex"] = True
-        self.spec = json.dumps(spec)
+        super().__init__(words, ranks, json.dumps(spec))
         self.start()
 
     def start(self) -> None:
         import gigatoken
 
-        self.tokenizer_of_words, self.encoded = gigatoken.Tokenizer.from_json(self.spec), 0
+        self.tokenizer_of_words, self.encoded = gigatoken.Tokenizer.from_json(self.tokenizer_json), 0
 
     def encode_text(self, text: str) -> np.ndarray:
         self.encoded += len(text)
@@ -177,9 +182,9 @@ def has_long_run(text: str) -> bool:
     return bool(spaces or (False, False) in pairs and LONG_WORD.search(text))
 
 
-def make_encoder(tokenizer: Tokenizer, fastest: bool = True) -> Encoder:
-    """The fastest encoder that gives exactly the ids of a tokenizer; not `fastest`: without gigatoken."""
-    spec = json.loads(tokenizer.to_str())
+def make_encoder(tokenizer_json: str, fastest: bool = True) -> Encoder:
+    """The fastest encoder that gives exactly the ids of a tokenizer.json; not `fastest`: without gigatoken."""
+    spec = json.loads(tokenizer_json)
     if all(token["special"] for token in spec["added_tokens"]) and spec["normalizer"] is None:
         model, words = spec["model"], words_of(spec["pre_tokenizer"])
         if model["type"] == "BPE" and not model["merges"] and model["byte_fallback"] and words == "":
@@ -194,12 +199,12 @@ def make_encoder(tokenizer: Tokenizer, fastest: bool = True) -> Encoder:
             ranks = ranks_of(model, {token["content"] for token in spec["added_tokens"]})
             if ranks and fastest:
                 try:
-                    return GigatokenEncoder(words, ranks, tokenizer, spec)
+                    return GigatokenEncoder(words, ranks, spec)
                 except (ImportError, RuntimeError):  # it is not installed, or knows no such pattern
                     pass
             if ranks:
-                return TiktokenEncoder(words, ranks, tokenizer)
-    return LibraryEncoder(tokenizer)
+                return TiktokenEncoder(words, ranks, tokenizer_json)
+    return LibraryEncoder(tokenizer_json)
 
 
 def words_of(pre_tokenizer: dict | None) -> str | None:
@@ -258,7 +263,7 @@ def byte_letters() -> list[str]:
 
 def count_bytes(tokenizer) -> np.ndarray:
     """How many bytes of text each token of a PreTrainedTokenizerFast stands for (V,) int64; special ones for none."""
-    encoder, vocabulary = make_encoder(tokenizer.backend_tokenizer), tokenizer.get_vocab()
+    encoder, vocabulary = make_encoder(tokenizer.backend_tokenizer.to_str()), tokenizer.get_vocab()
     if isinstance(encoder, TiktokenEncoder):  # its tokens are spelled in letters that stand for bytes
         sizes = [len(token) for token in vocabulary]
     elif isinstance(encoder, TableEncoder):

@@ -24,7 +24,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 from filelock import FileLock, Timeout
-from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from .arguments import DataArguments
@@ -299,16 +298,17 @@ def tokenize(
 @lru_cache(maxsize=1)
 def open_encoder(spec: str) -> Encoder:
     """The encoder of a tokenizer.json, made once in each process."""
-    return make_encoder(Tokenizer.from_str(spec))
+    return make_encoder(spec)
 
 
 def encode_texts(rows: pa.Table, spec: str, end_id: int | None) -> pa.Table:
     """The ids of pieces of text, joined split by split; end_id, if there is one, follows each document."""
     encoder, stretches = open_encoder(spec), []
     ending = np.array([] if end_id is None else [end_id], dtype=np.uint32)
+    pieces = list(zip(*(rows[name].to_pylist() for name in ("split", "content", "ends")), strict=True))
     for split in ("train", "val"):
-        mine = rows.filter(pc.equal(rows["split"], split))
-        texts, ends = mine["content"].to_pylist(), mine["ends"].to_pylist()
+        mine = [(text, ends) for of_split, text, ends in pieces if of_split == split]
+        texts, ends = [text for text, _ in mine], [each for _, each in mine]
         encoded, ids = encoder.encode(texts), [ending[:0]]
         for text_ids, ends_here in zip(encoded, ends, strict=True):
             ids += [text_ids, ending] if ends_here else [text_ids]

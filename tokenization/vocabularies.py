@@ -93,7 +93,7 @@ def same_tokenizer(first: PreTrainedTokenizerFast, second: PreTrainedTokenizerFa
         backend.no_truncation()
     if backends[0].to_str() == backends[1].to_str():
         return True
-    one, other = (make_encoder(backend) for backend in backends)
+    one, other = (make_encoder(backend.to_str()) for backend in backends)
     if isinstance(one, TableEncoder) and isinstance(other, TableEncoder):
         same = np.array_equal(one.table, other.table) and np.array_equal(one.byte_ids, other.byte_ids)
     elif isinstance(one, TiktokenEncoder) and isinstance(other, TiktokenEncoder):
