@@ -39,13 +39,13 @@ def continue_prompt(
     context that are dropped at once, by default half of the context. A row that has ended goes on with the end-of-text
     id, and the last row that ends also ends the whole. Draws come from `generator`, or from torch's own. The model's
     generation configuration says which tokens end a text (eos_token_id), and which are never drawn (suppress_tokens).
-    `reader` is how the model reads, by default choose_reader(model, B).
+    `reader` is how the model reads, by default choose_reader(model, B, T + max_new_tokens).
 
     Raises Diverged if the model predicts no numbers. On a GPU, some tokens may have come before that.
     """
     block_size = model.config.max_position_embeddings
     stride = stride or max(block_size // 2, 1)
-    reader = reader or choose_reader(model, len(ids))
+    reader = reader or choose_reader(model, len(ids), ids.shape[1] + max_new_tokens)
     ends, never = token_sets(model.generation_config, ids.device)
     ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)  # (B,)
     finite = torch.ones((), dtype=torch.bool, device=ids.device)
@@ -91,15 +91,16 @@ class Reader:
 
 
 class FixedReader(Reader):
-    """A model and a cache of a fixed size, at a fixed address.
+    """A model and a cache of a fixed size, at a fixed address, for a prompt and its continuation of `length` tokens.
 
     On a GPU, a cache that grows is slow at first: for each new length, cuDNN makes a plan of its attention, which
     takes tens of milliseconds.
     """
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, length: int):
         self.model = model
-        self.cache = StaticCache(config=model.config, max_cache_len=model.config.max_position_embeddings)
+        seen = min(length, model.config.max_position_embeddings)  # at once
+        self.cache = StaticCache(config=model.config, max_cache_len=seen)
 
     def forget(self) -> None:
         self.cache.reset()
@@ -113,8 +114,8 @@ class GraphReader(FixedReader):
     """
 
     @torch.no_grad()
-    def __init__(self, model: PreTrainedModel, rows: int):
-        super().__init__(model)
+    def __init__(self, model: PreTrainedModel, rows: int, length: int):
+        super().__init__(model, length)
         self.token = torch.zeros(rows, 1, dtype=torch.long, device=model.device)
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
@@ -135,10 +136,10 @@ class GraphReader(FixedReader):
         return self.logits
 
 
-def choose_reader(model: PreTrainedModel, rows: int) -> Reader:
-    """The fastest reader of prompts (rows, T)."""
+def choose_reader(model: PreTrainedModel, rows: int, length: int) -> Reader:
+    """The fastest reader of prompts (rows, T) which, with their continuations, have at most `length` tokens."""
     if model.device.type == "cuda" and isinstance(model, NanoGPTForCausalLM):
-        return GraphReader(model, rows)
+        return GraphReader(model, rows, length)
     return Reader(model)  # a model of transformers may do what a graph cannot hold
 
 

@@ -122,7 +122,8 @@ def main(arguments: argparse.Namespace) -> None:
         model.to(torch.bfloat16)  # type: ignore[arg-type]  # transformers wraps `to` in a way that mypy cannot follow
     set_seed(arguments.seed)
     rows = 1 if arguments.stream else arguments.num_samples
-    reader = choose_reader(model, rows)
+    longest = max(prompt.shape[1] for prompt in prompts)
+    reader = choose_reader(model, rows, longest + arguments.max_new_tokens)
     started, count = time.perf_counter(), 0
     try:
         for prompt in (each for each in prompts for _ in range(arguments.num_samples // rows)):

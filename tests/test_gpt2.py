@@ -8,10 +8,10 @@ import os
 import threading
 
 import pytest
-import tiktoken
 from tiktoken_ext import openai_public
 
-from tokenization.vocabularies import make_gpt2_tokenizer
+from tokenization import vocabularies
+from tokenization.vocabularies import GPT2_FILES, make_gpt2_tokenizer
 
 FETCHING = "fetching GPT-2's vocabulary (1.5 MB) ...\n"
 
@@ -55,31 +55,21 @@ class Answer(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """tiktoken's own download, cache and check of hashes, with this server's addresses and hashes in its catalogue."""
+    """tiktoken's own download, cache and check of hashes, with this server's addresses and hashes."""
     with Server() as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        read_ranks = openai_public.data_gym_to_mergeable_bpe_ranks
-
-        def from_loopback(**catalogue):
-            assert catalogue.keys() == {"vocab_bpe_file", "encoder_json_file", "vocab_bpe_hash", "encoder_json_hash"}
-            return read_ranks(
-                vocab_bpe_file=f"{server.address}/vocab.bpe",
-                encoder_json_file=f"{server.address}/encoder.json",
-                vocab_bpe_hash=server.hashes["vocab.bpe"],
-                encoder_json_hash=server.hashes["encoder.json"],
-            )
-
-        monkeypatch.setattr(openai_public, "data_gym_to_mergeable_bpe_ranks", from_loopback)
-        monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})  # what this process has loaded before
+        files = {f"{server.address}/{name}": server.hashes[name] for name in server.files}
+        monkeypatch.setattr(vocabularies, "GPT2_FILES", files)
         monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
         yield server
         server.shutdown()
 
 
-def forget():
-    """Forget everything but the files in the cache, as another process would."""
-    tiktoken.registry.ENCODINGS.clear()
+def test_the_files_are_those_that_tiktoken_takes(monkeypatch):
+    monkeypatch.setattr(openai_public, "data_gym_to_mergeable_bpe_ranks", lambda **catalogue: catalogue)
+    theirs = openai_public.gpt2()["mergeable_ranks"]
+    assert {theirs[f"{name}_file"]: theirs[f"{name}_hash"] for name in ("vocab_bpe", "encoder_json")} == GPT2_FILES
 
 
 def test_the_vocabulary_is_fetched_once_and_one_line_says_so(server, capsys):
@@ -87,7 +77,6 @@ def test_the_vocabulary_is_fetched_once_and_one_line_says_so(server, capsys):
     assert server.asked == ["vocab.bpe", "encoder.json"]
     assert capsys.readouterr() == ("", FETCHING)
     assert len(tokenizer) == 50_257 and tokenizer.eos_token_id == 50_256
-    forget()
     assert make_gpt2_tokenizer().get_vocab() == tokenizer.get_vocab()
     assert server.asked == ["vocab.bpe", "encoder.json"]
     assert capsys.readouterr() == ("", "")
@@ -95,7 +84,6 @@ def test_the_vocabulary_is_fetched_once_and_one_line_says_so(server, capsys):
 
 def test_a_damaged_file_in_the_cache_is_fetched_again(server, tmp_path, capsys):
     make_gpt2_tokenizer()
-    forget()
     for path in (tmp_path / "cache").iterdir():
         path.write_bytes(path.read_bytes()[:1000])
     make_gpt2_tokenizer()
@@ -122,7 +110,6 @@ def test_a_cache_that_cannot_be_written_is_named_in_one_line(server, tmp_path):
 
 def test_without_a_network_one_line_names_the_ways_out(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
     for name in ("http_proxy", "https_proxy", "HTTPS_PROXY", "HTTP_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")  # nothing listens there
     with pytest.raises(ValueError, match="tokenizer=gpt2: .*TIKTOKEN_CACHE_DIR.*--tokenizer=bpe") as raised:

@@ -65,7 +65,7 @@ def test_a_graph_continues_as_a_model_does(count):
     prompt = torch.randint(128, (3, 5), device="cuda")
     rows = [
         torch.stack(list(continue_prompt(model, prompt, count, temperature=0, top_k=0, reader=reader)))
-        for reader in (Reader(model), FixedReader(model), GraphReader(model, 3))
+        for reader in (Reader(model), FixedReader(model, 5 + count), GraphReader(model, 3, 5 + count))
     ]
     assert (rows[0] == rows[1]).float().mean() > 0.99  # a tie may fall either way
     assert (rows[0] == rows[2]).float().mean() > 0.99

@@ -99,7 +99,7 @@ def test_a_full_context_loses_its_oldest_tokens(model, length, count, stride):
 def test_a_cache_of_a_fixed_size_gives_the_same_tokens(model, length, count):
     prompts = make_prompts(3, length)
     expected = greedy(model, prompts, count, stride=None)
-    reader = FixedReader(model)
+    reader = FixedReader(model, length + count)
     for _ in range(2):  # the second time, the cache is full of earlier tokens
         assert torch.equal(greedy(model, prompts, count, stride=None, reader=reader), expected)
 

@@ -265,7 +265,7 @@ def tokenize(
     if corpus.is_text:
         spec = tokenizer.backend_tokenizer.to_str()
         whole = not open_encoder(spec).cuts
-        function = partial(encode_texts, spec=spec, end_id=end_id if cut is None else None)
+        function = partial(encode_texts, spec=spec, end_id=end_id if cut is None else None, id_type=id_type)
     else:
         corpus.vocab_size = len(tokenizer)
         function = partial(count_ids, sizes=count_bytes(tokenizer), end_id=end_id)
@@ -301,10 +301,10 @@ def open_encoder(spec: str) -> Encoder:
     return make_encoder(spec)
 
 
-def encode_texts(rows: pa.Table, spec: str, end_id: int | None) -> pa.Table:
+def encode_texts(rows: pa.Table, spec: str, end_id: int | None, id_type: str) -> pa.Table:
     """The ids of pieces of text, joined split by split; end_id, if there is one, follows each document."""
     encoder, stretches = open_encoder(spec), []
-    ending = np.array([] if end_id is None else [end_id], dtype=np.uint32)
+    ending = np.array([] if end_id is None else [end_id], dtype=id_type)
     pieces = list(zip(*(rows[name].to_pylist() for name in ("split", "content", "ends")), strict=True))
     for split in ("train", "val"):
         mine = [(text, ends) for of_split, text, ends in pieces if of_split == split]
@@ -313,7 +313,8 @@ def encode_texts(rows: pa.Table, spec: str, end_id: int | None) -> pa.Table:
         for text_ids, ends_here in zip(encoded, ends, strict=True):
             ids += [text_ids, ending] if ends_here else [text_ids]
         size = sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
-        stretches.append((split, np.concatenate(ids), sum(ends), size, encoder.count_unknowns(texts, encoded)))
+        together = np.concatenate(ids, dtype=id_type, casting="same_kind")
+        stretches.append((split, together, sum(ends), size, encoder.count_unknowns(texts, encoded)))
     return table_of(stretches)
 
 

@@ -12,9 +12,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
-import tiktoken
 import tiktoken.load
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from .documents import first_line, read_file
@@ -25,6 +24,15 @@ END_OF_TEXT, PADDING = "<|endoftext|>", "<|pad|>"
 # text without spaces, hardly two parts are alike, and a million characters take two seconds and 50 MB: hence a bound.
 LONG_WORD = re.compile(r"\S{1000}")
 LONG_WORDS, MENTIONED = 2**24, 2**20  # characters in such parts: the most to learn from, and what is worth a line
+# OpenAI's files of GPT-2's merges and tokens, where tiktoken has them from too, and their SHA-256
+GPT2_FILES = {
+    "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe": (
+        "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+    ),
+    "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/encoder.json": (
+        "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+    ),
+}
 
 
 def named_tokenizer(name: str) -> PreTrainedTokenizerFast:
@@ -175,14 +183,20 @@ def read_char_tokenizer(path: Path) -> PreTrainedTokenizerFast:
 # Byte-level BPE
 
 
+def byte_level(model: models.BPE) -> Tokenizer:
+    """A BPE whose letters stand for bytes, within words as GPT-2 cuts them."""
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
 def train_bpe_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """A tokenizer of at most vocab_size tokens: <|endoftext|>, 256 bytes, then merges by frequency.
 
     Text is cut into words by GPT-2's pattern first. Every string round-trips, because every byte is a token.
     """
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = byte_level(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[END_OF_TEXT],
@@ -214,26 +228,23 @@ def cut_long_words(texts: Iterable[str]) -> Iterator[str]:
 
 def make_gpt2_tokenizer() -> PreTrainedTokenizerFast:
     """GPT-2's 50,257 tokens; raises ValueError if tiktoken can neither find nor fetch them."""
-    from transformers.convert_slow_tokenizer import TikTokenConverter
-
     try:
-        encoding = get_encoding()
+        merges, tokens = read_gpt2_files()
     except (OSError, ValueError) as error:  # OSError: of the network, or of a folder that may not be written
         raise ValueError(
             f"tokenizer=gpt2: GPT-2's vocabulary is not on this machine, and tiktoken cannot fetch it "
             f"({reason_of(error)}): run this once with a network; or set TIKTOKEN_CACHE_DIR to a folder that was "
             "filled on another machine; or take --tokenizer=bpe, which needs no download"
         ) from None
-    converter = TikTokenConverter(pattern=encoding._pat_str, extra_special_tokens=[END_OF_TEXT])
-    # there is no file to read them from
-    converter.load_tiktoken_bpe = lambda tiktoken_url: encoding._mergeable_ranks  # type: ignore[method-assign]
-    tokenizer = converter.converted()
-    tokenizer.model.ignore_merges = False  # GPT-2's merges make all its tokens
+    _, *lines, _ = merges.split("\n")  # the first line is a version
+    pairs = [(left, right) for left, right in map(str.split, lines)]
+    tokenizer = byte_level(models.BPE(json.loads(tokens), pairs))
+    tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, normalized=False, special=True)])
     return fast_tokenizer(tokenizer)
 
 
-def get_encoding() -> tiktoken.Encoding:
-    """tiktoken's "gpt2"; a line on stderr comes before a download, because tiktoken downloads in silence."""
+def read_gpt2_files() -> tuple[str, str]:
+    """GPT-2's merges and tokens, from tiktoken's cache or the web; a line on stderr comes before a download."""
     read_file, said = tiktoken.load.read_file, list[str]()
 
     def read_aloud(blobpath: str) -> bytes:
@@ -244,9 +255,10 @@ def get_encoding() -> tiktoken.Encoding:
 
     tiktoken.load.read_file = read_aloud  # tiktoken calls it only for what its cache lacks
     try:
-        return tiktoken.get_encoding("gpt2")
+        merges, tokens = (tiktoken.load.read_file_cached(*file).decode() for file in GPT2_FILES.items())
     finally:
         tiktoken.load.read_file = read_file
+    return merges, tokens
 
 
 def reason_of(error: Exception) -> str:

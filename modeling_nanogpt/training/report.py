@@ -178,12 +178,13 @@ def draw_samples(model: NanoGPTForCausalLM, tokenizer: PreTrainedTokenizerBase) 
     was_training = model.training
     model.eval()
     prompt = torch.tensor([opening(tokenizer)] * 3, device=model.device)  # (3, T)
-    reader = FixedReader(model) if model.device.type == "cuda" else Reader(model)  # too few tokens for a graph
+    length = min(model.config.block_size, 100)
+    reader = FixedReader(model, length) if model.device.type == "cuda" else Reader(model)  # too few for a graph
     with torch.compiler.set_stance("force_eager"):  # a batch of one token at a time is not worth compiling
         tokens = continue_prompt(
             model,
             prompt,
-            max(min(model.config.block_size, 100) - prompt.shape[1], 1),
+            max(length - prompt.shape[1], 1),
             temperature=0.8,
             top_k=200,
             generator=torch.Generator(model.device).manual_seed(1337),
