@@ -351,7 +351,7 @@ def test_pieces_are_joined_split_by_split_with_an_end_after_each_document(made, 
     ending = [end_id] if end else []
     a, b, c, d = library_ids(tokenizer, texts)
     rows = pa.table({"split": splits, "content": texts, "ends": ends})
-    train, val = encode_texts(rows, tokenizer.backend_tokenizer.to_str(), end_id).to_pylist()
+    train, val = encode_texts(rows, tokenizer.backend_tokenizer.to_str(), end_id, "uint16").to_pylist()
     assert (train["split"], val["split"]) == ("train", "val")
     assert train["input_ids"] == a + c + ending + d + ending
     assert val["input_ids"] == b + ending
