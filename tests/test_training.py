@@ -258,13 +258,14 @@ def test_compiled_training_equals_eager_and_leaves_no_prefix(run, tmp_path):
         assert all(name.startswith("transformer.") for name in file.keys())  # noqa: SIM118  no dict
 
 
-def test_a_compiled_model_is_not_compiled_again_for_windows_of_other_lengths(tmp_path, monkeypatch):
+def test_a_compiled_model_is_not_compiled_again_for_windows_of_other_lengths(tmp_path):
     texts = tmp_path / "corpus.jsonl"
     texts.write_text("".join(json.dumps({"text": "to be or not " * (1 + i % 4)}) + "\n" for i in range(60)))
+    flags = {"windows": "documents", "block_size": 32, "max_iters": 6, "eval_interval": 6}
     torch._dynamo.reset()
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)  # one to train and one to evaluate
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
-    run = train(tmp_path, corpus=texts, compile=True, windows="documents", block_size=32, max_iters=6, eval_interval=6)
+    # two are allowed: one to train and one to evaluate
+    with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
+        run = train(tmp_path, corpus=texts, compile=True, **flags)
     assert len(run.losses) == 6
 
 
