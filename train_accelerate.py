@@ -171,14 +171,14 @@ def evaluate(
 ) -> float:
     """Mean loss in nats a token over fixed windows: the same for any batch size and any number of processes."""
     windows = evaluation_windows(len(split), block_size=block_size, tokens=tokens)
-    padded = windows.padded(batch_size * accelerator.num_processes)  # every process runs as many full batches
+    padded = windows.padded(batch_size * accelerator.num_processes)  # so all processes run equally many batches
     model.eval()  # without dropout
     sums = []
     for mine in padded.shares(batch_size, accelerator.num_processes, accelerator.process_index):
         leave_if_asked()  # a signal does not wait for the end of an evaluation
         batch = split.batch(mine, block_size)  # a position without a target has the target -100
         inputs, targets = (to_device(ids, accelerator.device) for ids in batch)
-        # the loss is a sum divided by num_items_in_batch, so 1 leaves the sum; the next CUDA graph overwrites the loss
+        # the loss is a sum divided by num_items_in_batch, so 1 leaves the sum; a CUDA graph will overwrite the loss
         sums.append(model(inputs, shift_labels=targets, num_items_in_batch=1, **LOSS_ONLY).loss.clone())
     model.train()
     return accelerator.gather(torch.stack(sums)).cpu().double().sum().item() / windows.lengths.sum()

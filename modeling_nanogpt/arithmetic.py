@@ -21,8 +21,8 @@ ATTENTION = ("auto", "sdpa", "plain", "eager", "flex_attention")  # those that n
 WIDE, WIDE_IF_PLAIN = 192, 64
 # FLOPs of a run that takes a CPU about ten minutes or more. Compiling takes about one minute.
 LONG = 1e14
-# FLOPs of a micro-batch in which a GPU computes for less time than the host takes to launch the kernels, or not much
-# longer. CUDA graphs launch all of them at once.
+# If a micro-batch has fewer FLOPs than this, a GPU computes for about as long as the host takes to launch its kernels,
+# or for less. CUDA graphs launch all kernels at once.
 LAUNCH_BOUND = 5e12
 
 

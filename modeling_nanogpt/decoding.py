@@ -18,7 +18,7 @@ LOOKS_EVERY = 32  # steps between two looks at what a GPU has computed, because 
 
 
 class Diverged(RuntimeError):
-    """The logits are nan or inf."""
+    """A model predicts nan or inf, so it has diverged in training."""
 
 
 @torch.no_grad()
@@ -99,8 +99,8 @@ class FixedReader(Reader):
 
     def __init__(self, model: PreTrainedModel, length: int):
         self.model = model
-        seen = min(length, model.config.max_position_embeddings)  # at once
-        self.cache = StaticCache(config=model.config, max_cache_len=seen)
+        size = min(length, model.config.max_position_embeddings)  # the cache holds a full context at most
+        self.cache = StaticCache(config=model.config, max_cache_len=size)
 
     def forget(self) -> None:
         self.cache.reset()
@@ -109,8 +109,8 @@ class FixedReader(Reader):
 class GraphReader(FixedReader):
     """A model on a GPU that reads a token for each of `rows` rows by one CUDA graph.
 
-    In such a step, a GPU mostly waits for its kernels to be launched. A graph launches all of them at once. It takes
-    about half a second to record.
+    In a step of one token, a GPU mostly waits for its kernels to be launched. A graph launches all of them at once.
+    Recording the graph takes about half a second.
     """
 
     @torch.no_grad()
@@ -169,8 +169,8 @@ def choose(logits: torch.Tensor, temperature: float, top_k: int, generator: torc
     if 0 < top_k < logits.shape[-1]:
         logits, tokens = logits.topk(top_k)  # (B, top_k) each: a draw from few tokens is cheaper
     probabilities = logits.softmax(dim=-1)
-    # What torch.multinomial draws, but without its checks, for which the host would wait: the first of exponential
-    # clocks is the one with index i with a probability in proportion to its rate.
+    # These are the draws of torch.multinomial, without its checks, for which the host would wait. Each token gets a
+    # time from an exponential distribution whose rate is its probability. The first token is the one that is drawn.
     times = torch.empty_like(probabilities).exponential_(generator=generator)
     drawn = (probabilities / times).argmax(dim=-1)  # (B,)
     return drawn if tokens is None else tokens.gather(1, drawn[:, None])[:, 0]

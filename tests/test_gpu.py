@@ -79,9 +79,11 @@ def test_sampling_does_not_wait_for_the_device():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
-        for _ in range(29):
-            next(tokens)
-        torch.cuda.set_sync_debug_mode("default")
+        try:
+            for _ in range(29):
+                next(tokens)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
     assert waits_in(caught) == []
 
 

@@ -263,9 +263,10 @@ def tokenize(
     """
     whole, end_id = False, tokenizer.eos_token_id
     if corpus.is_text:
-        spec = tokenizer.backend_tokenizer.to_str()
-        whole = not open_encoder(spec).cuts
-        function = partial(encode_texts, spec=spec, end_id=end_id if cut is None else None, id_type=id_type)
+        tokenizer_json = tokenizer.backend_tokenizer.to_str()
+        whole = not open_encoder(tokenizer_json).cuts
+        options = {"end_id": end_id if cut is None else None, "id_type": id_type}
+        function = partial(encode_texts, tokenizer_json=tokenizer_json, **options)
     else:
         corpus.vocab_size = len(tokenizer)
         function = partial(count_ids, sizes=count_bytes(tokenizer), end_id=end_id)
@@ -296,14 +297,14 @@ def tokenize(
 
 
 @lru_cache(maxsize=1)
-def open_encoder(spec: str) -> Encoder:
+def open_encoder(tokenizer_json: str) -> Encoder:
     """The encoder of a tokenizer.json, made once in each process."""
-    return make_encoder(spec)
+    return make_encoder(tokenizer_json)
 
 
-def encode_texts(rows: pa.Table, spec: str, end_id: int | None, id_type: str) -> pa.Table:
+def encode_texts(rows: pa.Table, tokenizer_json: str, end_id: int | None, id_type: str) -> pa.Table:
     """The ids of pieces of text, joined split by split; end_id, if there is one, follows each document."""
-    encoder, stretches = open_encoder(spec), []
+    encoder, stretches = open_encoder(tokenizer_json), []
     ending = np.array([] if end_id is None else [end_id], dtype=id_type)
     pieces = list(zip(*(rows[name].to_pylist() for name in ("split", "content", "ends")), strict=True))
     for split in ("train", "val"):
