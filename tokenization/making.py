@@ -265,8 +265,8 @@ def tokenize(
     if corpus.is_text:
         tokenizer_json = tokenizer.backend_tokenizer.to_str()
         whole = not open_encoder(tokenizer_json).cuts
-        options = {"end_id": end_id if cut is None else None, "id_type": id_type}
-        function = partial(encode_texts, tokenizer_json=tokenizer_json, **options)
+        after = end_id if cut is None else None
+        function = partial(encode_texts, tokenizer_json=tokenizer_json, end_id=after, id_type=id_type)
     else:
         corpus.vocab_size = len(tokenizer)
         function = partial(count_ids, sizes=count_bytes(tokenizer), end_id=end_id)
