@@ -219,9 +219,8 @@ def test_an_interrupted_run_keeps_what_it_has(corpora, tmp_path, command):
 
 @pytest.mark.parametrize("num_proc", [1, 2])
 def test_ctrl_c_is_one_line(corpora, tmp_path, command, num_proc):
-    child = command(
-        f"--corpus={corpora / 'long.txt'}", f"--data_dir={tmp_path / 'data'}", f"--num_proc={num_proc}", small=0.3
-    )
+    flags = [f"--corpus={corpora / 'long.txt'}", f"--data_dir={tmp_path / 'data'}", f"--num_proc={num_proc}"]
+    child = command(*flags, hold=True)
     child.wait_for(finished, tmp_path / "data.partial")
     assert child.kill(signal.SIGINT) == 130
     (line,) = lines_of(child.result().stderr)
