@@ -284,13 +284,11 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
         Without padding, cache or given positions, SDPA needs no mask, and only then uses its fastest kernel. The
         trainer's own function, "plain", needs none either. create_causal_mask would sometimes make one even so, under
         torch.compile. It sees only the positions that the caller gave: it searches them for packed sequences, and on
-        a GPU that search waits for the device. A model that is exported has a mask, because its length may change
-        later. torch 2.11 says that it exports whenever it compiles.
+        a GPU that search waits for the device.
         """
         only_order_matters = attention_mask is None and position_ids is None and cache is None
         is_causal = self.config._attn_implementation in ("sdpa", "plain")
-        exports = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
-        if only_order_matters and is_causal and not exports:
+        if only_order_matters and is_causal:
             return None
         return create_causal_mask(
             config=self.config,

@@ -404,14 +404,6 @@ def test_compiled_training_calls_the_fused_causal_kernel_without_a_mask(fresh_co
     assert [(call["attn_mask"], call["is_causal"]) for call in calls] == [(None, True)] * 2
 
 
-@pytest.mark.parametrize("compiles", [False, True])
-def test_an_exported_model_has_a_mask_and_a_compiled_one_has_none(monkeypatch, compiles):
-    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)  # torch 2.11 says so whenever it compiles
-    monkeypatch.setattr(torch.compiler, "is_dynamo_compiling", lambda: compiles)
-    mask = make_model(NanoGPTModel).causal_mask_or_none(torch.zeros(2, 12, 32), None, None, None)
-    assert (mask is None) == compiles
-
-
 @pytest.mark.parametrize("cls", [NanoGPTForCausalLM, NanoGPTModel])
 def test_extra_arguments_reach_the_attention_function(cls, monkeypatch):
     calls = []
