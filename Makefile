@@ -8,6 +8,11 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+PIP_INSTALL := $(BIN)/python -m pip install --no-compile -c constraints.txt
+
+# Python keeps the bytecode of what it imports. If it were told not to, as some images do, each command would compile
+# the libraries anew, for a quarter of a minute. pip would compile all that they hold, for half a minute and more.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: quickstart test torture conformance style python
 
@@ -19,32 +24,37 @@ quickstart: .venv/installed
 		--prompt 'def ' --prompt 'class ' --prompt '"""'
 
 # Several processes share the tests, one for each core: a fifth would gain little, and each takes a gigabyte.
-test: .venv/installed
+test: .venv/complete
 	$(BIN)/python -m pytest -n logical --maxprocesses=4 --dist=worksteal
 
-torture: .venv/installed
+torture: .venv/complete
 	$(BIN)/python -W ignore::UserWarning:multiprocessing.resource_tracker tests/support/torture.py
 
-conformance: .venv/installed
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[conformance]"
+conformance: .venv/complete
+	$(PIP_INSTALL) --quiet -e ".[conformance]"
 	$(BIN)/python tests/conformance/suite.py -n auto
 
-style: .venv/installed
+style: .venv/complete
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m mypy
 
-# To pip, an interrupted installation may look complete, so .venv is made anew after an interruption. pip would compile
-# all packages on one core; compileall takes all cores. It may fail at a file that is for a later Python: no matter.
+# What training and sampling need. To pip, an interrupted installation may look complete, so .venv is made anew after one.
 .venv/installed: pyproject.toml constraints.txt | python
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" || { \
 		echo "$(PYTHON) must be Python 3.10 or later: make PYTHON=python3.11 $(MAKECMDGOALS) takes another"; exit 2; }
 	@if [ -e .venv/unfinished ]; then rm -rf .venv; fi
 	@mkdir -p .venv && touch .venv/unfinished
 	[ -x $(BIN)/python ] || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --no-compile -c constraints.txt -e ".[test,dev,fast]"
-	@$(BIN)/python -m compileall -qq -j 0 .venv || true
+	$(PIP_INSTALL) -e ".[fast]"
 	@mv .venv/unfinished $@
+
+# What tests and style need besides. Until it is there, the environment counts as unfinished.
+.venv/complete: .venv/installed
+	@mv .venv/installed .venv/unfinished
+	$(PIP_INSTALL) -e ".[fast,test,dev]"
+	@mv .venv/unfinished .venv/installed
+	@touch $@
 
 # Refuse a Python that does not run, and an environment whose Python is gone or is another than PYTHON names.
 python:
