@@ -7,6 +7,7 @@ in nanoGPT, and each token is predicted from as many tokens as the model can see
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -15,6 +16,7 @@ from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from .modeling_nanogpt import CACHE, NanoGPTForCausalLM
 
 LOOKS_EVERY = 32  # steps between two looks at what a GPU has computed, because each look waits for it
+FEW_FLOPS = 5e7  # of a step of one token: with fewer, several threads of a CPU are no faster than one
 
 
 class Diverged(RuntimeError):
@@ -77,12 +79,13 @@ class Reader:
     """A model and its cache, which grows with each token."""
 
     def __init__(self, model: PreTrainedModel):
-        self.model = model
+        self.model, self.parameters = model, model.num_parameters()
         self.cache: Cache = DynamicCache(config=model.config)
 
     def read(self, ids: torch.Tensor) -> torch.Tensor:
         """Read further tokens (B, T) int64; returns the logits (B, V) of the token after them."""
-        output = self.model(ids, use_cache=True, logits_to_keep=1, **{CACHE: self.cache})
+        with threads_for(2 * self.parameters * len(ids)):
+            output = self.model(ids, use_cache=True, logits_to_keep=1, **{CACHE: self.cache})
         return output.logits[:, -1]
 
     def forget(self) -> None:
@@ -98,7 +101,7 @@ class FixedReader(Reader):
     """
 
     def __init__(self, model: PreTrainedModel, length: int):
-        self.model = model
+        super().__init__(model)
         size = min(length, model.config.max_position_embeddings)  # the cache holds a full context at most
         self.cache = StaticCache(config=model.config, max_cache_len=size)
 
@@ -141,6 +144,21 @@ def choose_reader(model: PreTrainedModel, rows: int, length: int) -> Reader:
     if model.device.type == "cuda" and isinstance(model, NanoGPTForCausalLM):
         return GraphReader(model, rows, length)
     return Reader(model)  # a model of transformers may do what a graph cannot hold
+
+
+@contextmanager
+def threads_for(flops: float) -> Iterator[None]:
+    """One thread of the CPU if a step of one token is that small, else as many threads as before.
+
+    In such a step, threads wait for each other a hundred times. If another program takes one of their cores, each of
+    these times may last for milliseconds.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if flops < FEW_FLOPS else threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:

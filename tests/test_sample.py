@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from modeling_nanogpt import NanoGPTConfig, NanoGPTForCausalLM, sample
+from modeling_nanogpt import NanoGPTConfig, NanoGPTForCausalLM, decoding, sample
 from modeling_nanogpt.decoding import Diverged, FixedReader, choose, continue_prompt
 from support import PATIENCE, ROOT
 from support.tiny_run import TINY
@@ -130,6 +130,20 @@ def test_each_token_is_read_once_until_the_context_is_full_and_half_of_it_again_
     hook.remove()
     refill = [BLOCK // 2 + 1]
     assert read == [3, *[1] * (BLOCK - 3), *refill, *[1] * (BLOCK // 2 - 1), *refill, *[1] * (BLOCK // 2 - 1)]
+
+
+@pytest.mark.parametrize(("rows", "expected"), [(2, 1), (3, 2)])
+def test_small_steps_take_one_thread_and_give_the_others_back(model, monkeypatch, rows, expected):
+    monkeypatch.setattr(decoding, "FEW_FLOPS", 2 * 2.5 * model.num_parameters())  # of a step of two and a half rows
+    before, used = torch.get_num_threads(), set()
+    hook = model.register_forward_hook(lambda *_: used.add(torch.get_num_threads()))
+    torch.set_num_threads(2)
+    try:
+        greedy(model, make_prompts(rows, 7), 9, stride=None)
+        assert (used, torch.get_num_threads()) == ({expected}, 2)
+    finally:
+        torch.set_num_threads(before)
+        hook.remove()
 
 
 def test_a_model_of_transformers_is_continued_as_it_generates():
