@@ -1,4 +1,4 @@
-"""What each command does first, so that neither a pipe nor a terminal can spoil its work.
+"""How each command begins, so that neither a pipe nor a terminal can spoil its work.
 
 All that a command says passes through here: print, progress bars, warnings and errors. Perhaps nobody reads it any
 more (`| head`, or a `tee` that Ctrl-C has ended), and perhaps the console lacks a character. The command goes on all
@@ -8,9 +8,11 @@ the same. This file belongs to no room, because the commands of all rooms begin 
 import gc
 import io
 import os
+import runpy
 import signal
 import sys
 import threading
+from functools import partial
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -94,3 +96,28 @@ def lossy(stream: TextIO | None) -> TextIO:
         return stream
     buffer = io.BufferedWriter(LossyFile(stream))
     return io.TextIOWrapper(buffer, encoding=stream.encoding, errors="replace", line_buffering=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The installed commands, nanogpt-train and others: each runs a module of the project as `python -m` does
+
+
+def run(module: str) -> None:
+    """Run a module as its own program.
+
+    While Python looks for the module, sys.argv and sys.orig_argv are what `python -m MODULE` would make them: from
+    that, modeling_nanogpt sees that a command starts, and does not import torch before the command has read its flags.
+    """
+    sys.orig_argv = [sys.executable, "-m", module, *sys.argv[1:]]
+    sys.argv = ["-m", *sys.argv[1:]]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+train = partial(run, "train_accelerate")
+prepare = partial(run, "tokenization.prepare")
+sample = partial(run, "modeling_nanogpt.sample")
+convert = partial(run, "modeling_nanogpt.convert")
+evaluate = partial(run, "modeling_nanogpt.evaluate")
+compare = partial(run, "modeling_nanogpt.compare")
+demo = partial(run, "modeling_nanogpt.demo")
+sizing = partial(run, "modeling_nanogpt.sizing")

@@ -43,7 +43,7 @@ def by_module(name):
 
 def by_script(name):
     """What an installed `nanogpt-...` does."""
-    return ["-c", f"from tokenization.console import {name}; {name}()"]
+    return ["-c", f"from command_start import {name}; {name}()"]
 
 
 @pytest.mark.parametrize("start", [by_module, by_script])

@@ -238,7 +238,7 @@ def test_the_installed_commands_work_within_a_models_folder(run, tmp_path):
     (model / "tokenization.py").write_text("raise SystemExit('the wrong file')\n")
     script = tmp_path / "bin" / "nanogpt-sample"  # a script's own folder stands on the path, not the current one
     script.parent.mkdir()
-    script.write_text("from tokenization.console import sample\nsample()\n")
+    script.write_text("from command_start import sample\nsample()\n")
     assert run_in(model, sys.executable, script, ".", "--max_new_tokens=1")[0] == 0
 
 
