@@ -39,7 +39,8 @@ style: .venv/complete
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m mypy
 
-# What training and sampling need. To pip, an interrupted installation may look complete, so .venv is made anew after one.
+# What training and sampling need. To pip, an interrupted installation may look complete, so .venv is made anew after
+# one.
 .venv/installed: pyproject.toml constraints.txt | python
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" || { \
 		echo "$(PYTHON) must be Python 3.10 or later: make PYTHON=python3.11 $(MAKECMDGOALS) takes another"; exit 2; }
