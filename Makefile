@@ -10,8 +10,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --no-compile -c constraints.txt
 
-# Python keeps the bytecode of what it imports. If it were told not to, as some images do, each command would compile
-# the libraries anew, for a quarter of a minute. pip would compile all that they hold, for half a minute and more.
+# Python keeps the bytecode of what it imports, unless this variable is set, as in some images. Then each command would
+# compile the libraries anew, for a quarter of a minute. pip would compile all of their files, which takes longer still.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: quickstart test torture conformance style python
@@ -39,8 +39,7 @@ style: .venv/complete
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m mypy
 
-# What training and sampling need. To pip, an interrupted installation may look complete, so .venv is made anew after
-# one.
+# What training and sampling need. To pip, an interrupted installation may look complete, so .venv is then made anew.
 .venv/installed: pyproject.toml constraints.txt | python
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" || { \
 		echo "$(PYTHON) must be Python 3.10 or later: make PYTHON=python3.11 $(MAKECMDGOALS) takes another"; exit 2; }

@@ -79,12 +79,13 @@ class Reader:
     """A model and its cache, which grows with each token."""
 
     def __init__(self, model: PreTrainedModel):
-        self.model, self.parameters = model, model.num_parameters()
+        self.model = model
+        self.parameters = model.num_parameters()
         self.cache: Cache = DynamicCache(config=model.config)
 
     def read(self, ids: torch.Tensor) -> torch.Tensor:
         """Read further tokens (B, T) int64; returns the logits (B, V) of the token after them."""
-        with threads_for(2 * self.parameters * len(ids)):
+        with threads_for(2 * self.parameters * len(ids)):  # FLOPs: a product and a sum for each parameter and row
             output = self.model(ids, use_cache=True, logits_to_keep=1, **{CACHE: self.cache})
         return output.logits[:, -1]
 
@@ -148,10 +149,10 @@ def choose_reader(model: PreTrainedModel, rows: int, length: int) -> Reader:
 
 @contextmanager
 def threads_for(flops: float) -> Iterator[None]:
-    """One thread of the CPU if a step of one token is that small, else as many threads as before.
+    """One thread of the CPU if a step of one token has fewer FLOPs than FEW_FLOPS, else as many threads as before.
 
-    In such a step, threads wait for each other a hundred times. If another program takes one of their cores, each of
-    these times may last for milliseconds.
+    Threads wait for each other at the end of each matrix product. If another program takes one of their cores, a wait
+    may last for milliseconds, and the products of a small step take microseconds.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1 if flops < FEW_FLOPS else threads)
